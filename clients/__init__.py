@@ -1,0 +1,1 @@
+"""What the nodes of FL-WB do."""

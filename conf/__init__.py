@@ -1,0 +1,1 @@
+"""The Hydra configuration groups of FL-WB, as package data (read by `fl_wb.config`)."""

@@ -1,0 +1,1 @@
+"""Flower strategies of FL-WB."""
