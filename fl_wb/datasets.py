@@ -1,0 +1,242 @@
+"""Real data and how it is spread over the nodes.
+
+Three sources of data, none of which is downloaded: scikit-learn's bundled 8x8 digits, a folder of
+IDX files (MNIST and its many relatives) and a folder of class folders of pictures. A fixed part is
+held out and never meets training; from the rest, every target node first gets its few samples, then
+the source nodes share what is left, so no two nodes of a run ever see the same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fl_wb.readers import Bytes, DataError, read_idx_folder, read_picture_folder
+
+Indices = npt.NDArray[np.int64]
+
+# The held-out part is the same whatever the partition seed is: figures of different seeds stay
+# comparable.
+SPLIT_SEED = 2101
+
+
+@dataclass
+class DataConfig:
+    """Which data a run uses and which node gets what."""
+
+    name: str = (
+        "digits"  # "digits" (bundled 8x8 digits), "idx" (IDX files), "images" (folders of pictures)
+    )
+    root: str | None = None  # the folder of "idx" and "images"
+    # Classes of each source node. Sources that share a class get disjoint images of it.
+    sources: list[list[int]] = field(default_factory=lambda: [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
+    # Classes of each target node, and how many images of each class it has.
+    targets: list[list[int]] = field(default_factory=lambda: [list(range(10))])
+    samples_per_class: int = 10
+    held_out: float = (
+        0.3  # share kept for evaluation; unused where the data brings a test part of its own
+    )
+    seed: int = 0  # of the partition over the nodes; the held-out part does not depend on it
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Labelled images: ``images`` (n, c, h, w) float32 in [-1, 1], ``labels`` (n,) int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor | Indices) -> Samples:
+        """Return a copy of the images that an index array or mask names."""
+        index = torch.as_tensor(index)
+        return Samples(self.images[index], self.labels[index])
+
+
+def load(data: DataConfig) -> tuple[Samples, Samples]:
+    """Return the training part and the held-out part; no image is in both.
+
+    The held-out part is the data's own test part where it has one (IDX files called ``t10k`` or
+    ``test``), otherwise a stratified split with a fixed seed: ``data.held_out`` of each class, at
+    least one image and never all of them. The result is cached within the process and shared: do
+    not write into it.
+
+    Raises
+    ------
+    DataError
+        If the data is not there or damaged, or ``data.name`` or ``data.held_out`` is out of range.
+    """
+    if data.name not in ("digits", "idx", "images"):
+        raise DataError(f"data.name={data.name!r} is unknown; it can be: digits, idx, images")
+    if not 0 < data.held_out < 1:
+        raise DataError(f"data.held_out={data.held_out} must lie between 0 and 1")
+    return _load(data.name, data.root, data.held_out)
+
+
+def source_samples(data: DataConfig, index: int) -> Samples:
+    """Return the training images of source node ``index``.
+
+    Raises
+    ------
+    DataError
+        If there is no such source, it has no classes, or no image of one of its classes is left for
+        it.
+    """
+    train, _ = load(data)
+    node = f"data.sources[{index}]"
+    classes = _classes(data.sources, index, node)
+    parts = []
+    for label in classes:
+        part = _partition(train, label, data)[1].get(index)
+        if part is None or len(part) == 0:
+            raise DataError(
+                f"{node}: no training image of class {label} is left for it; {_counts(train)}"
+            )
+        parts.append(part)
+    return train[np.sort(np.concatenate(parts))]
+
+
+def target_samples(data: DataConfig, index: int) -> Samples:
+    """Return the few training images of target node ``index``: ``data.samples_per_class`` of each
+    of its classes.
+
+    No source and no other target has any of them. The labels are there for evaluation; adaptation
+    needs none.
+
+    Raises
+    ------
+    DataError
+        If there is no such target, it has no classes, or a class has too few images.
+    """
+    train, _ = load(data)
+    node = f"data.targets[{index}]"
+    classes = _classes(data.targets, index, node)
+    if data.samples_per_class < 1:
+        raise DataError(
+            f"{node}: data.samples_per_class={data.samples_per_class} leaves it no data; "
+            "use 1 or more"
+        )
+    parts = []
+    for label in classes:
+        part = _partition(train, label, data)[0].get(index)
+        if part is None:
+            raise DataError(
+                f"{node}: too few training images of class {label} for data.samples_per_class="
+                f"{data.samples_per_class}, after the targets before it; {_counts(train)}"
+            )
+        parts.append(part)
+    return train[np.sort(np.concatenate(parts))]
+
+
+def held_out(data: DataConfig, classes: Iterable[int]) -> Samples:
+    """Return the held-out images of ``classes``.
+
+    Raises
+    ------
+    DataError
+        If no class is named, or one has no held-out image.
+    """
+    _, samples = load(data)
+    wanted = sorted(set(classes))
+    if not wanted:
+        raise DataError("no class named to evaluate on")
+    for label in wanted:
+        if not bool((samples.labels == label).any()):
+            raise DataError(f"class {label} has no held-out image; {_counts(samples)}")
+    return samples[torch.isin(samples.labels, torch.tensor(wanted))]
+
+
+def _classes(nodes: list[list[int]], index: int, node: str) -> list[int]:
+    """Return the distinct classes of a node, or say why there are none."""
+    if not 0 <= index < len(nodes):
+        raise DataError(
+            f"{node} does not exist: the configuration names {len(nodes)} such nodes, "
+            "counted from 0"
+        )
+    if not nodes[index]:
+        raise DataError(f"{node} is empty: name at least one class")
+    return list(dict.fromkeys(nodes[index]))
+
+
+def _counts(samples: Samples) -> str:
+    """Return how many images each class has, for an error's text."""
+    labels, counts = torch.unique(samples.labels, return_counts=True)
+    there = ", ".join(
+        f"{label}: {count}" for label, count in zip(labels.tolist(), counts.tolist(), strict=True)
+    )
+    return f"images by class: {there}"
+
+
+def _partition(
+    train: Samples, label: int, data: DataConfig
+) -> tuple[dict[int, Indices], dict[int, Indices]]:
+    """Deal out the training images of one class; return target -> indices and source -> indices.
+
+    Targets are served first and the sources share the rest: a target's few samples would otherwise
+    have been seen in pre-training, and adaptation would look better than it is. A target that asks
+    for more than there is gets nothing (its own call says so) rather than starving everyone else.
+    """
+    order = torch.nonzero(train.labels == label).flatten().numpy()
+    # One stream per class, so that a class is dealt out the same way whatever other classes a run
+    # uses.
+    order = np.random.default_rng([data.seed, max(label, 0)]).permutation(order)
+    targets: dict[int, Indices] = {}
+    for index, classes in enumerate(data.targets):
+        if label in classes and 0 < data.samples_per_class <= len(order):
+            targets[index], order = np.split(order, [data.samples_per_class])
+    owners = [index for index, classes in enumerate(data.sources) if label in classes]
+    shares = np.array_split(order, len(owners)) if owners else []
+    return targets, dict(zip(owners, shares, strict=True))
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, root: str | None, share: float) -> tuple[Samples, Samples]:
+    if name == "digits":
+        return _split(_digits(), share)
+    if not root:
+        raise DataError(f"data.name={name} needs data.root, the folder that holds the data")
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"data.root={folder} is not a folder")
+    if name == "images":
+        return _split(_to_samples(*read_picture_folder(folder)), share)
+    parts = [_to_samples(*part) for part in read_idx_folder(folder)]
+    return _split(parts[0], share) if len(parts) == 1 else (parts[0], parts[1])
+
+
+def _split(samples: Samples, share: float) -> tuple[Samples, Samples]:
+    """Split into training and held-out part, class by class, always in the same way."""
+    generator = np.random.default_rng(SPLIT_SEED)
+    mask = torch.zeros(len(samples), dtype=torch.bool)
+    for label in torch.unique(samples.labels):
+        order = generator.permutation(torch.nonzero(samples.labels == label).flatten().numpy())
+        count = min(max(round(share * len(order)), 1), len(order) - 1)
+        mask[torch.from_numpy(order[:count])] = True
+    return samples[~mask], samples[mask]
+
+
+def _digits() -> Samples:
+    from sklearn.datasets import (
+        load_digits,
+    )  # here, because it takes a second that other data need not pay
+
+    digits = load_digits()
+    images = (
+        torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
+    )  # the pixels count 0 to 16
+    return Samples(images, torch.from_numpy(digits.target).long())
+
+
+def _to_samples(pixels: Bytes, labels: Indices) -> Samples:
+    """Scale (n, c, h, w) bytes to [-1, 1]."""
+    return Samples(torch.from_numpy(pixels).float().div_(127.5).sub_(1), torch.from_numpy(labels))
