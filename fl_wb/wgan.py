@@ -1,0 +1,298 @@
+"""WGAN-GP: the one training loop, one generator against one or more critics.
+
+Every WGAN of the project runs here: a source's pre-training (one critic, its own data), a stage
+of the barycenter (one or two critics, samples of generators) and a target's adaptation (one
+critic, few samples, a regulariser). Gulrajani et al., "Improved Training of Wasserstein GANs"
+(NeurIPS 2017):
+
+    min_G mean_j max_{psi_j} E_{x ~ mu_j} psi_j(x) - E_z psi_j(G(z)) - rho E (||grad psi_j|| - 1)^2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fl_wb.networks import device_of, latent_dim_of
+
+Sampler = Callable[[int, torch.Generator], Tensor]
+"""Draws n real samples with the given random generator."""
+
+Regularizer = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""Adds a term to the generator's loss, from its latents and its fakes."""
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Told (iterations done, iterations in all, losses by name) after every iteration."""
+
+
+@dataclass
+class Training:
+    """How a WGAN is trained.
+
+    Attributes
+    ----------
+    iterations
+        Generator steps.
+    batch_size
+        Samples in a batch, real and fake alike.
+    critic_steps
+        Critic steps before each generator step.
+    warmup
+        Critic steps before the first generator step: a fresh critic would first pull a good
+        generator away from where it is.
+    generator_lr, critic_lr
+        Adam's learning rates, betas (0.5, 0.9). A critic five times faster than the generator
+        measured better than equal rates at equal seconds.
+    penalty
+        Weight rho of the gradient penalty.
+    ema
+        Decay of the moving average of the generator's weights, which is what training returns.
+    """
+
+    iterations: int = 1000
+    batch_size: int = 64
+    critic_steps: int = 5
+    warmup: int = 0
+    generator_lr: float = 2e-4
+    critic_lr: float = 1e-3
+    penalty: float = 10.0
+    ema: float = 0.99
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training returns: the generator's moving average, and the critics."""
+
+    generator: nn.Module
+    critics: list[nn.Module]
+
+
+class Checkpoint(Protocol):
+    """Where a long training keeps its state (see `fl_wb.barycenter.StageStore`)."""
+
+    def load(self) -> dict[str, Tensor] | None:
+        """Return the last saved state, or None."""
+
+    def due(self) -> bool:
+        """Whether the state should be saved now."""
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        """Save the state in place of the last one."""
+
+
+def resample(samples: Tensor) -> Sampler:
+    """Sampler that draws rows of `samples` (n, ...) with replacement."""
+
+    def draw(n: int, rng: torch.Generator) -> Tensor:
+        index = torch.randint(len(samples), (n,), generator=rng, device=rng.device)
+        return samples[index]
+
+    return draw
+
+
+def train_wgan(
+    generator: nn.Module,
+    critics: Sequence[nn.Module],
+    reals: Sequence[Sampler],
+    training: Training,
+    *,
+    latent_dim: int | None = None,
+    seed: int = 0,
+    regularizer: Regularizer | None = None,
+    callback: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Trained:
+    """Train a generator against critics; the arguments are left alone.
+
+    Parameters
+    ----------
+    generator : nn.Module
+        Where training starts; its device is where training runs.
+    critics, reals
+        Critic j tells samples of ``reals[j]`` from the generator's.
+    training : Training
+        Iterations, rates, penalty.
+    latent_dim : int, optional
+        For a generator without the attribute.
+    seed : int
+        All randomness comes from it: the same arguments give the same result (bit for bit on
+        the CPU with one thread), also when a checkpoint interrupts the run.
+    regularizer, callback, checkpoint : optional
+        A further term of the generator's loss; a listener; where to save and resume.
+
+    Raises
+    ------
+    FloatingPointError
+        If the generator's weights stop being finite.
+    """
+    loop = _Loop(generator, critics, reals, training, latent_dim, seed, regularizer)
+    state = checkpoint.load() if checkpoint else None
+    if state is not None:
+        loop.load_state(state)
+    elif training.warmup:
+        loop.critic_phase(training.warmup)
+    for _ in range(loop.iteration, training.iterations):
+        losses = loop.step()
+        if checkpoint and checkpoint.due():
+            checkpoint.save(loop.state())
+        if callback:
+            callback(loop.iteration, training.iterations, losses())
+    trained = Trained(loop.ema.average.eval().requires_grad_(True), loop.critics)
+    if not all(torch.isfinite(p).all() for p in trained.generator.parameters()):
+        raise FloatingPointError(
+            "WGAN training diverged: the generator's weights are not finite; lower "
+            f"generator_lr ({training.generator_lr}) or critic_lr ({training.critic_lr})"
+        )
+    return trained
+
+
+class _Loop:
+    """The state of one training, and its two kinds of step."""
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        critics: Sequence[nn.Module],
+        reals: Sequence[Sampler],
+        training: Training,
+        latent_dim: int | None,
+        seed: int,
+        regularizer: Regularizer | None,
+    ) -> None:
+        if not critics or len(critics) != len(reals):
+            raise ValueError(f"{len(critics)} critics for {len(reals)} real measures")
+        self.dim = latent_dim_of(generator, latent_dim)
+        device = device_of(generator)
+        self.generator = deepcopy(generator).train().requires_grad_(True)
+        self.critics = [deepcopy(c).to(device).train().requires_grad_(True) for c in critics]
+        self.reals, self.training, self.regularizer = reals, training, regularizer
+        self.rng = torch.Generator(device).manual_seed(seed)
+        self.ema = MovingAverage(self.generator, training.ema)
+        self.iteration = 0
+        self.generator_adam = _adam(self.generator, training.generator_lr)
+        self.critic_adams = [_adam(c, training.critic_lr) for c in self.critics]
+
+    def latents(self, n: int) -> Tensor:
+        return torch.randn(n, self.dim, generator=self.rng, device=self.rng.device)
+
+    def step(self) -> Callable[[], dict[str, float]]:
+        """One iteration: the critics' steps, then the generator's; returns its losses."""
+        critic_losses = self.critic_phase(self.training.critic_steps)
+        z = self.latents(self.training.batch_size)
+        fakes = self.generator(z)
+        loss = -torch.stack([critic(fakes).mean() for critic in self.critics]).mean()
+        if self.regularizer:
+            loss = loss + self.regularizer(z, fakes, self.rng)
+        self.generator_adam.zero_grad()
+        # Only the generator's gradients: the critics' would be computed and thrown away.
+        loss.backward(inputs=list(self.generator.parameters()))
+        self.generator_adam.step()
+        self.ema.update(self.generator)
+        self.iteration += 1
+        return lambda: {"generator": loss.item(), "critic": critic_losses.item()}
+
+    def critic_phase(self, steps: int) -> Tensor:
+        """Critic steps on fakes made at once, without a graph; returns the last mean loss."""
+        size, batch = steps * self.training.batch_size, self.training.batch_size
+        with torch.no_grad():
+            fakes = self.generator(self.latents(size)).split(batch)
+        total = torch.zeros((), device=self.rng.device)
+        for critic, adam, real in zip(self.critics, self.critic_adams, self.reals, strict=True):
+            loss = total
+            for x, y in zip(real(size, self.rng).split(batch), fakes, strict=True):
+                loss = critic_loss(critic, x, y, self.training.penalty, self.rng)
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+            total = total + loss.detach() / len(self.critics)
+        return total
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next iteration depends on, as named tensors."""
+        modules = {"generator": self.generator, "ema": self.ema.average}
+        modules |= {f"critic{j}": critic for j, critic in enumerate(self.critics)}
+        state = {f"{m}/{k}": v for m, mod in modules.items() for k, v in mod.state_dict().items()}
+        for name, adam in self._adams().items():
+            for i, slots in adam.state_dict()["state"].items():
+                state |= {f"{name}/{i}/{slot}": value for slot, value in slots.items()}
+        state["rng"], state["iteration"] = self.rng.get_state(), torch.tensor(self.iteration)
+        return {name: tensor.clone() for name, tensor in state.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` returned."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+
+        self.generator.load_state_dict(part("generator/"))
+        self.ema.average.load_state_dict(part("ema/"))
+        for j, critic in enumerate(self.critics):
+            critic.load_state_dict(part(f"critic{j}/"))
+        for name, adam in self._adams().items():
+            slots: dict[int, dict[str, Tensor]] = {}
+            for key, value in part(f"{name}/").items():
+                index, slot = key.split("/")
+                slots.setdefault(int(index), {})[slot] = value
+            groups = adam.state_dict()["param_groups"]
+            adam.load_state_dict({"state": slots, "param_groups": groups})
+        self.rng.set_state(state["rng"])
+        self.iteration = self.ema.updates = int(state["iteration"])
+
+    def _adams(self) -> dict[str, torch.optim.Adam]:
+        return {"adam": self.generator_adam} | {
+            f"adam{j}": adam for j, adam in enumerate(self.critic_adams)
+        }
+
+
+class MovingAverage:
+    """Exponential moving average of a module's weights and buffers.
+
+    The decay ramps up as min(decay, (t+1)/(t+10)), so that a short training is not held back
+    by its start.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.average, self.decay, self.updates = deepcopy(module), decay, 0
+        self.average.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Move the average towards the module's present state."""
+        self.updates += 1
+        weight = 1 - min(self.decay, (self.updates + 1) / (self.updates + 10))
+        mine, theirs = _state(self.average), _state(module)
+        floats = [i for i, tensor in enumerate(mine) if tensor.is_floating_point()]
+        torch._foreach_lerp_([mine[i] for i in floats], [theirs[i] for i in floats], weight)
+        for i in set(range(len(mine))) - set(floats):
+            mine[i].copy_(theirs[i])  # counters are not averaged
+
+
+def critic_loss(
+    critic: nn.Module, real: Tensor, fake: Tensor, penalty: float, rng: torch.Generator
+) -> Tensor:
+    """WGAN-GP loss of one critic: E psi(fake) - E psi(real) + penalty * E (||grad|| - 1)^2.
+
+    The gradient's norm is one number a SAMPLE. (Taken per pixel, as some scripts do, the
+    penalty pulls the norm to sqrt(pixels) instead of 1.)
+    """
+    n = len(real)
+    scores = critic(torch.cat([fake, real])).reshape(-1)
+    mix = torch.rand(n, *[1] * (real.dim() - 1), generator=rng, device=rng.device)
+    between = torch.lerp(fake, real, mix).requires_grad_(True)
+    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    norm = gradient.flatten(1).norm(dim=1)
+    return scores[:n].mean() - scores[n:].mean() + penalty * (norm - 1).square().mean()
+
+
+def _adam(module: nn.Module, lr: float) -> torch.optim.Adam:
+    # fused: one kernel a step instead of some ten a tensor
+    return torch.optim.Adam(module.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
+
+
+def _state(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
