@@ -107,11 +107,10 @@ def source_samples(data: DataConfig, index: int) -> Samples:
 
 
 def target_samples(data: DataConfig, index: int) -> Samples:
-    """Return the few training images of target node ``index``: ``data.samples_per_class`` of each
-    of its classes.
+    """Return the few training images of target node ``index``.
 
-    No source and no other target has any of them. The labels are there for evaluation; adaptation
-    needs none.
+    They are ``data.samples_per_class`` of each of its classes. No source and no other target has
+    any of them. The labels are there for evaluation; adaptation needs none.
 
     Raises
     ------
@@ -226,14 +225,11 @@ def _split(samples: Samples, share: float) -> tuple[Samples, Samples]:
 
 
 def _digits() -> Samples:
-    from sklearn.datasets import (
-        load_digits,
-    )  # here, because it takes a second that other data need not pay
+    from sklearn.datasets import load_digits  # here: it takes a second that other data need not pay
 
     digits = load_digits()
-    images = (
-        torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
-    )  # the pixels count 0 to 16
+    # The pixels count from 0 to 16.
+    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
     return Samples(images, torch.from_numpy(digits.target).long())
 
 

@@ -1,0 +1,125 @@
+"""A small classifier of the domain: samples are compared in its last hidden layer.
+
+Distances between pixels reward blur; distances between what a classifier sees do not. ImageNet
+features would be a download and say little about 8x8 digits, so the network is trained on real data
+of the domain, in seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fl_wb.storage import digest
+
+DIMENSION = 48  # features; few enough that a covariance of some 500 samples is well-conditioned
+BATCH = 64
+MLP_PIXELS = 256  # samples up to this many numbers get an MLP, larger images a CNN
+_cache: dict[tuple[str, int], Features] = {}
+
+
+class Features:
+    """Maps samples (n, ...) to features (n, d), in batches and without a graph.
+
+    Attributes
+    ----------
+    digest : str
+        SHA-256 (hex) of the network: figures are comparable if and only if it is the same.
+    accuracy : float
+        Share of samples it had not trained on that it classifies right.
+    """
+
+    def __init__(self, module: nn.Module, accuracy: float) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.digest = digest(self.module.state_dict())
+        self.accuracy = accuracy
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """Map samples (n, ...) to features (n, d) on the CPU."""
+        with torch.no_grad():
+            return torch.cat([self.module(part) for part in samples.cpu().float().split(1000)])
+
+
+def train_features(samples: Tensor, labels: Tensor, *, seed: int = 0) -> Features:
+    """Train a small classifier and return its penultimate layer.
+
+    The same arguments give the same network; asking again in the same process costs nothing.
+
+    Parameters
+    ----------
+    samples : Tensor
+        Real data (n, ...) of the domain, in [-1, 1]. A tenth of it only measures the accuracy.
+    labels : Tensor
+        Their classes (n,), any integers.
+    seed : int
+        Of the initial weights and the order of the batches.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two samples, or not one label each.
+    """
+    if len(samples) < 2 or labels.shape != samples.shape[:1]:
+        raise ValueError(
+            f"features need two or more samples with one label each, not samples of shape "
+            f"{tuple(samples.shape)} and labels of shape {tuple(labels.shape)}"
+        )
+    key = (digest({"samples": samples, "labels": labels}), seed)
+    if key not in _cache:
+        _cache[key] = _train(samples.detach().cpu().float(), labels.cpu(), seed)
+    return _cache[key]
+
+
+def _train(samples: Tensor, labels: Tensor, seed: int) -> Features:
+    classes, targets = torch.unique(labels, return_inverse=True)
+    rng = torch.Generator().manual_seed(seed)
+    held, rest = torch.randperm(len(samples), generator=rng).tensor_split(
+        [max(len(samples) // 10, 1)]
+    )
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
+        torch.manual_seed(seed)
+        body = _network(samples.shape[1:])
+        model = nn.Sequential(body, nn.Linear(DIMENSION, len(classes)))
+    batches = math.ceil(len(rest) / BATCH)
+    # Steps, not epochs, decide how good it gets; but small data sets need more passes, large ones a
+    # few.
+    epochs = min(max(1500 // batches, 5), 60)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * batches)
+    for _ in range(epochs):
+        for batch in rest[torch.randperm(len(rest), generator=rng)].split(BATCH):
+            # No label smoothing: it draws each class together and hides variety within it.
+            loss = nn.functional.cross_entropy(model(samples[batch]), targets[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
+    with torch.no_grad():
+        right = (model(samples[held]).argmax(1) == targets[held]).float().mean()
+    return Features(body, float(right))
+
+
+def _network(shape: Sequence[int]) -> nn.Sequential:
+    if len(shape) != 3 or math.prod(shape[1:]) <= MLP_PIXELS:
+        return nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(math.prod(shape), 256),
+            nn.ReLU(),
+            nn.Linear(256, DIMENSION),
+            nn.ReLU(),
+        )
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(7),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, DIMENSION),
+        nn.ReLU(),
+    )
