@@ -85,7 +85,7 @@ def _train(samples: Tensor, labels: Tensor, seed: int) -> Features:
         body = _network(samples.shape[1:])
         model = nn.Sequential(body, nn.Linear(DIMENSION, len(classes)))
     batches = math.ceil(len(rest) / BATCH)
-    # Some 1,500 steps are enough; a large data set is still seen five times, a small one not forever.
+    # Some 1,500 steps are enough; large data are still seen five times, small ones 60 times.
     epochs = min(max(1500 // batches, 5), 60)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * batches)
