@@ -1,0 +1,337 @@
+"""AdaptiveCoalescence: merging, roles, later rounds, resuming; all on the in-process Grid."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy.result import Result
+from torch import nn
+
+from fl_wb.barycenter import recursive_barycenter
+from fl_wb.strategies import AdaptiveCoalescence, RoleFedAvg
+from tests.flower import InProcessGrid
+from tests.toys import (
+    STAGE,
+    answers_role,
+    critic,
+    evaluates,
+    generator,
+    initial_arrays,
+    reply,
+    seeded_state,
+    uploads,
+)
+
+
+class Counter:
+    """A progress callback that counts the iterations that were trained."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.iterations, self.stop_at = 0, stop_at
+
+    def __call__(self, done: int, total: int, losses: dict[str, float]) -> None:
+        self.iterations += 1
+        if self.iterations == self.stop_at:
+            raise KeyboardInterrupt  # as when the server is killed
+
+    @property
+    def stages(self) -> float:
+        return self.iterations / (STAGE.distillation.iterations + STAGE.training.iterations)
+
+
+def strategy(**arguments: Any) -> AdaptiveCoalescence:
+    return AdaptiveCoalescence(
+        **{"generator": generator, "critic": critic, "stage": STAGE} | arguments
+    )
+
+
+def app(*parts: Any, weights: dict[int, float] | None = None) -> ClientApp:
+    made = ClientApp()
+    uploads(made, weights)
+    for part in parts:
+        part(made)
+    return made
+
+
+def start(strategy: FedAvg, grid: InProcessGrid, rounds: int = 1) -> Result:
+    return strategy.start(grid=grid, initial_arrays=initial_arrays(), num_rounds=rounds)
+
+
+def same(a: ArrayRecord, b: ArrayRecord) -> bool:
+    return list(a) == list(b) and all(np.array_equal(a[k].numpy(), b[k].numpy()) for k in a)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    logger = logging.getLogger("flwr")
+    logger.addHandler(caplog.handler)  # Flower's logger does not propagate
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_arguments_are_fedavgs_then_keyword_only() -> None:
+    ours = list(inspect.signature(AdaptiveCoalescence).parameters.values())
+    theirs = list(inspect.signature(FedAvg).parameters.values())
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == [
+        (p.name, p.default) for p in theirs
+    ]
+    assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
+    required = [p.name for p in ours if p.default is p.empty]
+    assert required == ["generator"]
+
+
+def test_the_model_is_the_barycenter_of_the_uploads() -> None:
+    # Prepare: the heaviest first, whatever the order of the nodes
+    grid = InProcessGrid(app(evaluates, weights={11: 1, 12: 3, 13: 2}), nodes=3)
+    networks = []
+    for node_id in (12, 13, 11):
+        network = generator()
+        network.load_state_dict(seeded_state(node_id))
+        networks.append(network)
+
+    # Execute
+    result = start(strategy(seed=5), grid)
+
+    # Assert
+    expected = recursive_barycenter(networks, [3, 2, 1], critic=critic, stage=STAGE, seed=5)
+    found = result.arrays.to_torch_state_dict()
+    assert list(found) == list(initial_arrays())
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found[name], value), name
+    assert result.train_metrics_clientapp[1] == {
+        "loss": 0.5,
+        "uploads-merged": 3,
+        "uploads-dropped": 0,
+    }
+    assert "mean" in result.evaluate_metrics_clientapp[1]
+
+
+def test_replies_in_another_order_give_the_same_model() -> None:
+    grids = [InProcessGrid(app(), nodes=3), InProcessGrid(app(), nodes=3)]
+    grids[1].reverse = True
+    first, second = (start(strategy(), grid).arrays for grid in grids)
+    assert same(first, second)
+
+
+def test_one_upload_is_the_model_itself() -> None:
+    grid = InProcessGrid(app(), nodes=1)
+    result = start(strategy(min_available_nodes=1, min_train_nodes=1, min_evaluate_nodes=1), grid)
+    assert same(result.arrays, ArrayRecord(seeded_state(11)))
+
+
+def test_the_model_keeps_the_dtypes_of_the_initial_arrays() -> None:
+    wide = ArrayRecord({k: v.double() for k, v in seeded_state(0).items()})
+    grid = InProcessGrid(app(), nodes=2)
+    result = strategy().start(grid=grid, initial_arrays=wide, num_rounds=1)
+    assert {array.dtype for array in result.arrays.values()} == {"float64"}
+
+
+def test_roles_decide_who_trains_and_who_evaluates() -> None:
+    # Prepare
+    grid = InProcessGrid(app(evaluates, answers_role))
+    roles = {"source": [], "target": [], "both": [], "nonsense": []}
+    for role in ("source", "target", "both", "nonsense", "target"):
+        roles[role].append(grid.add({"role": role}))
+
+    # Execute
+    start(strategy(), grid, rounds=2)
+
+    # Assert: asked once; an odd role is "both"
+    work = {
+        "source": ["query", "train", "train"],
+        "target": ["query", "evaluate", "evaluate"],
+        "both": ["query", "train", "evaluate", "train", "evaluate"],
+    }
+    work["nonsense"] = work["both"]
+    for role, nodes in roles.items():
+        for node_id in nodes:
+            assert grid.nodes[node_id].received == work[role]
+
+
+def test_minimums_do_not_wait_for_nodes_of_a_role_that_are_not_there() -> None:
+    grid = InProcessGrid(app(evaluates, answers_role))
+    grid.add({"role": "source"})
+    grid.add({"role": "target"})
+    result = start(strategy(min_train_nodes=2, min_evaluate_nodes=2), grid)
+    assert result.train_metrics_clientapp[1]["uploads-merged"] == 1
+
+
+def test_fractions_count_the_nodes_of_a_role() -> None:
+    grid = InProcessGrid(app(evaluates, answers_role))
+    for role in ["source"] * 4 + ["target"] * 4:
+        grid.add({"role": role})
+    result = start(
+        strategy(
+            fraction_train=0.5, min_train_nodes=1, fraction_evaluate=0.25, min_evaluate_nodes=1
+        ),
+        grid,
+    )
+    asked = [kind for node in grid.nodes.values() for kind in node.received]
+    assert (asked.count("train"), asked.count("evaluate")) == (2, 1)
+    assert result.train_metrics_clientapp[1]["uploads-merged"] == 2
+
+
+def test_an_app_without_query_is_asked_once_and_plays_both_roles(
+    warnings: pytest.LogCaptureFixture,
+) -> None:
+    grid = InProcessGrid(app(evaluates), nodes=3)
+    start(strategy(), grid, rounds=2)
+    asked = [kind for node in grid.nodes.values() for kind in node.received]
+    assert (asked.count("query"), asked.count("train"), asked.count("evaluate")) == (1, 6, 6)
+    assert not [r for r in warnings.records if r.levelno >= logging.WARNING]
+
+
+def test_a_node_that_does_not_answer_is_asked_again() -> None:
+    grid = InProcessGrid(app(evaluates, answers_role))
+    for role in ("source", "target", "source"):
+        grid.add({"role": role})
+    grid.nodes[12].silent = lambda message: (
+        message.metadata.message_type == "query" and len(grid.nodes[12].received) == 1
+    )
+    start(strategy(), grid)
+    assert grid.nodes[12].received == ["query", "train", "query", "evaluate"]
+
+
+def test_a_new_node_costs_one_stage_and_unchanged_uploads_none() -> None:
+    # Prepare
+    counter = Counter()
+    coalescence, grid = strategy(callback=counter), InProcessGrid(app(), nodes=3)
+    stages = []
+
+    def note(messages: list[Message]) -> None:
+        if messages and messages[0].metadata.message_type == "train":
+            stages.append(counter.stages)
+
+    grid.before_send = note
+
+    def between_rounds(server_round: int, arrays: ArrayRecord) -> None:
+        if server_round == 2:
+            grid.add({}, node_id=31)
+        if server_round == 3:
+            del grid.nodes[12]
+
+    # Execute
+    result = coalescence.start(
+        grid=grid, initial_arrays=initial_arrays(), num_rounds=4, evaluate_fn=between_rounds
+    )
+
+    # Assert: three uploads cost two stages; round 2 none; round 3 one; a node that left stays
+    assert [*stages, counter.stages] == [0, 2, 2, 3, 3]
+    merged = [result.train_metrics_clientapp[r]["uploads-merged"] for r in range(1, 5)]
+    assert merged == [3, 3, 4, 4]
+
+
+def test_a_changed_upload_is_merged_last_so_that_the_others_stages_stay() -> None:
+    # Prepare: the lightest, which is merged last, sends another generator in the second round
+    counter, made, weights = Counter(), ClientApp(), {11: 3.0, 12: 2.0, 13: 1.0}
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        changed = context.node_id == 13 and message.content["config"]["server-round"] == 2
+        arrays = ArrayRecord(seeded_state(100 if changed else context.node_id))
+        return reply(message, arrays, weights[context.node_id])
+
+    # Execute
+    start(strategy(callback=counter), InProcessGrid(made, nodes=3), rounds=2)
+
+    # Assert: two stages, then one for the change
+    assert counter.stages == 3
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 6, 9])
+def test_a_killed_server_resumes_from_its_store(
+    stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Prepare: a checkpoint after every iteration
+    monkeypatch.setattr("fl_wb.store.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    unbroken, whole = Counter(), Counter(stop_at)
+    expected = start(strategy(callback=unbroken), InProcessGrid(app(), nodes=3)).arrays
+    with pytest.raises(KeyboardInterrupt):
+        start(strategy(store=tmp_path, callback=whole), InProcessGrid(app(), nodes=3))
+
+    # Execute: a new server, a new strategy, the same folder
+    rest = Counter()
+    found = start(strategy(store=tmp_path, callback=rest), InProcessGrid(app(), nodes=3)).arrays
+
+    # Assert
+    assert same(found, expected)
+    assert rest.iterations == unbroken.iterations - stop_at
+
+
+def test_starting_again_starts_afresh() -> None:
+    coalescence = strategy()
+    start(coalescence, InProcessGrid(app(), nodes=3))
+    second = start(coalescence, InProcessGrid(app(), nodes=2))
+    assert second.train_metrics_clientapp[1]["uploads-merged"] == 2
+
+
+class NoLatents(nn.Module):
+    """A generator that does not say its latent dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = generator()
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        samples: torch.Tensor = self.net(z)
+        return samples
+
+
+@pytest.mark.parametrize(
+    ("arguments", "arrays", "reason"),
+    [
+        ({}, {"net.0.weight": torch.zeros(9, 4)}, r"'net.0.weight' .*\(9, 4\) instead of \(8, 4\)"),
+        ({}, {"extra": torch.zeros(1)}, "'extra' is not part"),
+        ({"critic": lambda: nn.Linear(3, 1)}, {}, r"critic does not take samples \(4, 1, 4, 4\)"),
+        ({"critic": lambda: nn.Flatten()}, {}, r"critic makes scores \(4, 16\)"),
+        ({"latent_dim": 5}, {}, r"takes no latents \(4, 5\)"),
+    ],
+)
+def test_networks_that_do_not_fit_are_refused_before_training(
+    arguments: dict[str, Any], arrays: dict[str, torch.Tensor], reason: str
+) -> None:
+    grid = InProcessGrid(app(), nodes=2)
+    with pytest.raises(ValueError, match=reason):
+        strategy(**arguments).start(
+            grid=grid, initial_arrays=ArrayRecord({**seeded_state(0), **arrays})
+        )
+    assert all("train" not in node.received for node in grid.nodes.values())
+
+
+def test_a_generator_needs_a_latent_dimension() -> None:
+    arrays = ArrayRecord(dict(NoLatents().state_dict()))
+    grid = InProcessGrid(app(), nodes=2)
+    with pytest.raises(ValueError, match="latent"):
+        strategy(generator=NoLatents).start(grid=grid, initial_arrays=arrays)
+
+
+@pytest.mark.parametrize("name", ["generator", "critic"])
+def test_networks_are_given_as_factories(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be a factory"):
+        strategy(**{name: generator()})
+
+
+def test_the_critic_has_a_default_and_settings_have_short_forms() -> None:
+    counter = Counter()
+    coalescence = strategy(critic=None, geodesic="two_critics", iterations=7, callback=counter)
+    start(coalescence, InProcessGrid(app(), nodes=2))
+    assert counter.iterations == STAGE.distillation.iterations + 7
+
+
+def test_fedavg_with_roles_is_fedavg() -> None:
+    grid = InProcessGrid(app(evaluates), nodes=2)
+    result = start(RoleFedAvg(), grid)
+    expected = start(FedAvg(), InProcessGrid(app(evaluates), nodes=2))
+    for name, array in expected.arrays.items():
+        assert np.allclose(array.numpy(), result.arrays[name].numpy())
+    assert isinstance(result.train_metrics_clientapp[1], MetricRecord)
