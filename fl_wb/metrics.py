@@ -23,6 +23,8 @@ from fl_wb.networks import generate
 from fl_wb.transport import wasserstein1
 
 __all__ = [
+    "HIGHER_IS_BETTER",
+    "LOWER_IS_BETTER",
     "Features",
     "compare",
     "coverage",
@@ -34,6 +36,9 @@ __all__ = [
     "memorization",
     "train_features",
 ]
+
+LOWER_IS_BETTER = ("w1", "frechet", "kid", "energy")
+HIGHER_IS_BETTER = ("density", "coverage", "memorization")
 
 NEIGHBOURS = 5  # Naeem et al. chose it; it must not differ between results that are compared
 DRAWS = 20  # held-out sets that the memorization ratio is averaged over
