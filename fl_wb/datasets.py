@@ -68,8 +68,8 @@ def load(data: DataConfig) -> tuple[Samples, Samples]:
 
     The held-out part is the data's own test part where it has one (IDX files called ``t10k`` or
     ``test``), otherwise a stratified split with a fixed seed: ``data.held_out`` of each class, at
-    least one image and never all of them. The result is cached within the process and shared: do
-    not write into it.
+    least one image and never all of them. Both are shuffled, so that their first n images are a
+    fair sample. The result is cached within the process and shared: do not write into it.
 
     Raises
     ------
@@ -200,6 +200,11 @@ def _partition(
 
 @lru_cache(maxsize=4)
 def _load(name: str, root: str | None, share: float) -> tuple[Samples, Samples]:
+    train, test = _read(name, root, share)
+    return _shuffled(train), _shuffled(test)
+
+
+def _read(name: str, root: str | None, share: float) -> tuple[Samples, Samples]:
     if name == "digits":
         return _split(_digits(), share)
     if not root:
@@ -222,6 +227,11 @@ def _split(samples: Samples, share: float) -> tuple[Samples, Samples]:
         count = min(max(round(share * len(order)), 1), len(order) - 1)
         mask[torch.from_numpy(order[:count])] = True
     return samples[~mask], samples[mask]
+
+
+def _shuffled(samples: Samples) -> Samples:
+    # Files are sorted by class, or by writer as MNIST's test part is.
+    return samples[np.random.default_rng(SPLIT_SEED).permutation(len(samples))]
 
 
 def _digits() -> Samples:
