@@ -1,4 +1,4 @@
-"""The configuration: conf/ composed by Hydra into typed dataclasses, checked before anything starts.
+"""The configuration: conf/ composed by Hydra into typed dataclasses, checked before a run starts.
 
 Server and clients compose the same configuration from the same overrides, which travel as one
 string in Flower's run config. Defaults stand in the dataclasses, here and beside the mathematics

@@ -1,0 +1,121 @@
+"""`fl-wb [overrides]`: Hydra in front of `flwr run`, on Flower's simulation engine.
+
+`fl-wb data=mnist data.root=FOLDER` is one run, `fl-wb -m seed=0,1,2` a sweep; the output folder is
+Hydra's run directory. Settings, data and networks are checked before anything starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import hydra
+import torch
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from fl_wb import datasets
+from fl_wb.config import CONF, Config, ConfigError, compose, parse
+from fl_wb.launcher import RunFailed, launch
+from fl_wb.networks import make_critic, make_generator
+from fl_wb.readers import DataError
+
+_failures: list[str] = []  # of the runs of one command; a sweep goes on without them
+
+
+def main() -> None:
+    """Run the command line interface."""
+    arguments = get_args_parser().parse_args()
+    try:
+        for overrides in runs(arguments.overrides, sweep=arguments.multirun):
+            check(compose(overrides))
+    except (ConfigError, DataError) as error:
+        sys.exit(f"fl-wb: {error}")
+    try:
+        _job()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports Ctrl-C
+    if _failures:
+        sys.exit("\n".join(f"fl-wb: {failure}" for failure in _failures))
+
+
+@hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name="config")
+def _job(_: DictConfig) -> None:
+    job = HydraConfig.get()
+    overrides = list(job.overrides.task)
+    config = compose(overrides)
+    if config.data.root is not None:
+        # Nodes work in directories of their own.
+        root = str(Path(config.data.root).expanduser().resolve()).replace("'", "\\'")
+        overrides.append(f"data.root='{root}'")
+    output = Path(config.output or job.runtime.output_dir).expanduser().resolve()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        nodes = len(config.data.sources) + len(config.data.targets)
+        launch(
+            {"overrides": shlex.join(overrides), "output": str(output)},
+            nodes=nodes,
+            log=output / "superlink.log",
+            gpus=1 / nodes if config.device.startswith("cuda") else 0.0,
+        )
+        print(f"Results: {output}")
+    except (RunFailed, OSError) as error:
+        _failures.append(f"{output}: {error}")
+        if job.mode is RunMode.MULTIRUN:
+            print(f"fl-wb: {error}; going on with the sweep", file=sys.stderr)
+
+
+def runs(overrides: Sequence[str], *, sweep: bool) -> Iterator[list[str]]:
+    """Yield the overrides of each run that a command line asks for, without Hydra's own.
+
+    Raises
+    ------
+    ConfigError
+        If an override cannot be parsed.
+    """
+    choices = []
+    for override in parse(overrides):
+        key = override.get_key_element()
+        if key.lstrip("+~").startswith(("hydra.", "hydra/")):
+            continue
+        if sweep and key == "output":
+            raise ConfigError("output would be one folder for all runs; set hydra.sweep.dir")
+        if sweep and override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                continue  # an interval, for a sweeper that draws from it
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    yield from map(list, itertools.product(*choices))
+
+
+def check(config: Config) -> None:
+    """Refuse data, networks and devices that this machine could not run.
+
+    Raises
+    ------
+    ConfigError, DataError
+        Naming the setting and what is wrong with it.
+    """
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={config.device!r}: there is no CUDA device here; use cpu")
+    for index in range(len(config.data.sources)):
+        datasets.source_samples(config.data, index)
+    for index in range(len(config.data.targets)):
+        samples = datasets.target_samples(config.data, index)
+        datasets.held_out(config.data, config.data.targets[index])
+    shape, network = samples.images.shape[1:], config.network
+    try:
+        make_generator(network.generator, shape, latent_dim=network.latent_dim, width=network.width)
+        make_critic(network.critic, shape, width=network.width)
+    except ValueError as error:
+        raise ConfigError(f"network.generator={network.generator!r}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
