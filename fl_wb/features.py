@@ -118,9 +118,9 @@ def _network(shape: Sequence[int]) -> nn.Sequential:
             nn.ReLU(),
         )
     return nn.Sequential(
-        nn.Conv2d(shape[0], 16, 3, stride=2, padding=1),
+        nn.Conv2d(shape[0], 16, 5, stride=2, padding=2),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.Conv2d(16, 32, 5, stride=2, padding=2),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(7),
         nn.Flatten(),
