@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fl_wb.checkpoint import Checkpoint, TrainingState
 from fl_wb.networks import device_of, latent_dim_of
 
 Sampler = Callable[[int, torch.Generator], Tensor]
@@ -72,19 +72,6 @@ class Trained:
     critics: list[nn.Module]
 
 
-class Checkpoint(Protocol):
-    """Where a long training keeps its state (see `fl_wb.barycenter.StageStore`)."""
-
-    def load(self) -> dict[str, Tensor] | None:
-        """Return the last saved state, or None."""
-
-    def due(self) -> bool:
-        """Whether the state should be saved now."""
-
-    def save(self, state: dict[str, Tensor]) -> None:
-        """Save the state in place of the last one."""
-
-
 def resample(samples: Tensor) -> Sampler:
     """Sampler that draws rows of `samples` (n, ...) with replacement."""
 
@@ -93,6 +80,25 @@ def resample(samples: Tensor) -> Sampler:
         return samples[index]
 
     return draw
+
+
+def distance_to(
+    teacher: Callable[[Tensor], Tensor], weight: float, power: int = 1
+) -> Regularizer | None:
+    """Regularizer weight * E||G(z) - teacher(z)||^power on shared latents z.
+
+    Sharing z is a coupling, so at power 1 the mean distance bounds W1(G, teacher) from above.
+    """
+    if not weight:
+        return None
+
+    def term(z: Tensor, fakes: Tensor, _: torch.Generator) -> Tensor:
+        with torch.no_grad():
+            target = teacher(z)
+        distance: Tensor = (fakes - target).flatten(1).norm(dim=1).pow(power).mean()
+        return weight * distance
+
+    return term
 
 
 def train_wgan(
@@ -131,17 +137,14 @@ def train_wgan(
         If the generator's weights stop being finite.
     """
     loop = _Loop(generator, critics, reals, training, latent_dim, seed, regularizer)
-    state = checkpoint.load() if checkpoint else None
-    if state is not None:
-        loop.load_state(state)
-    elif training.warmup:
+    if not (checkpoint and loop.state.resume(checkpoint)):
         loop.critic_phase(training.warmup)
-    for _ in range(loop.iteration, training.iterations):
+    while loop.state.iteration < training.iterations:
         losses = loop.step()
-        if checkpoint and checkpoint.due():
-            checkpoint.save(loop.state())
+        if checkpoint:
+            loop.state.save_if_due(checkpoint)
         if callback:
-            callback(loop.iteration, training.iterations, losses())
+            callback(loop.state.iteration, training.iterations, losses())
     trained = Trained(loop.ema.average.eval().requires_grad_(True), loop.critics)
     if not all(torch.isfinite(p).all() for p in trained.generator.parameters()):
         raise FloatingPointError(
@@ -173,15 +176,21 @@ class _Loop:
         self.reals, self.training, self.regularizer = reals, training, regularizer
         self.rng = torch.Generator(device).manual_seed(seed)
         self.ema = MovingAverage(self.generator, training.ema)
-        self.iteration = 0
         self.generator_adam = _adam(self.generator, training.generator_lr)
         self.critic_adams = [_adam(c, training.critic_lr) for c in self.critics]
+        named = {f"critic{j}": critic for j, critic in enumerate(self.critics)}
+        self.state = TrainingState(
+            {"generator": self.generator, "average": self.ema.average, **named},
+            {"generator": self.generator_adam, **dict(zip(named, self.critic_adams, strict=True))},
+            self.rng,
+        )
 
     def latents(self, n: int) -> Tensor:
         return torch.randn(n, self.dim, generator=self.rng, device=self.rng.device)
 
     def step(self) -> Callable[[], dict[str, float]]:
         """One iteration: the critics' steps, then the generator's; returns its losses."""
+        self._decay_rates()
         critic_losses = self.critic_phase(self.training.critic_steps)
         z = self.latents(self.training.batch_size)
         fakes = self.generator(z)
@@ -192,12 +201,22 @@ class _Loop:
         # Only the generator's gradients: the critics' would be computed and thrown away.
         loss.backward(inputs=list(self.generator.parameters()))
         self.generator_adam.step()
-        self.ema.update(self.generator)
-        self.iteration += 1
+        self.ema.update(self.generator, self.state.iteration)
+        self.state.iteration += 1
         return lambda: {"generator": loss.item(), "critic": critic_losses.item()}
+
+    def _decay_rates(self) -> None:
+        # A game at constant rates circles around its equilibrium; falling rates end in it.
+        left = min(1.0, 2 * (1 - self.state.iteration / self.training.iterations))
+        rates = [self.training.generator_lr] + [self.training.critic_lr] * len(self.critics)
+        for adam, rate in zip([self.generator_adam, *self.critic_adams], rates, strict=True):
+            for group in adam.param_groups:
+                group["lr"] = rate * left
 
     def critic_phase(self, steps: int) -> Tensor:
         """Critic steps on fakes made at once, without a graph; returns the last mean loss."""
+        if not steps:
+            return torch.zeros(())
         size, batch = steps * self.training.batch_size, self.training.batch_size
         with torch.no_grad():
             fakes = self.generator(self.latents(size)).split(batch)
@@ -212,42 +231,6 @@ class _Loop:
             total = total + loss.detach() / len(self.critics)
         return total
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that the next iteration depends on, as named tensors."""
-        modules = {"generator": self.generator, "ema": self.ema.average}
-        modules |= {f"critic{j}": critic for j, critic in enumerate(self.critics)}
-        state = {f"{m}/{k}": v for m, mod in modules.items() for k, v in mod.state_dict().items()}
-        for name, adam in self._adams().items():
-            for i, slots in adam.state_dict()["state"].items():
-                state |= {f"{name}/{i}/{slot}": value for slot, value in slots.items()}
-        state["rng"], state["iteration"] = self.rng.get_state(), torch.tensor(self.iteration)
-        return {name: tensor.clone() for name, tensor in state.items()}
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` returned."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-
-        self.generator.load_state_dict(part("generator/"))
-        self.ema.average.load_state_dict(part("ema/"))
-        for j, critic in enumerate(self.critics):
-            critic.load_state_dict(part(f"critic{j}/"))
-        for name, adam in self._adams().items():
-            slots: dict[int, dict[str, Tensor]] = {}
-            for key, value in part(f"{name}/").items():
-                index, slot = key.split("/")
-                slots.setdefault(int(index), {})[slot] = value
-            groups = adam.state_dict()["param_groups"]
-            adam.load_state_dict({"state": slots, "param_groups": groups})
-        self.rng.set_state(state["rng"])
-        self.iteration = self.ema.updates = int(state["iteration"])
-
-    def _adams(self) -> dict[str, torch.optim.Adam]:
-        return {"adam": self.generator_adam} | {
-            f"adam{j}": adam for j, adam in enumerate(self.critic_adams)
-        }
-
 
 class MovingAverage:
     """Exponential moving average of a module's weights and buffers.
@@ -257,14 +240,13 @@ class MovingAverage:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.average, self.decay, self.updates = deepcopy(module), decay, 0
+        self.average, self.decay = deepcopy(module), decay
         self.average.requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Move the average towards the module's present state."""
-        self.updates += 1
-        weight = 1 - min(self.decay, (self.updates + 1) / (self.updates + 10))
+    def update(self, module: nn.Module, t: int) -> None:
+        """Move the average towards the module's present state, after step t = 0, 1, ..."""
+        weight = 1 - min(self.decay, (t + 1) / (t + 10))
         mine, theirs = _state(self.average), _state(module)
         floats = [i for i, tensor in enumerate(mine) if tensor.is_floating_point()]
         torch._foreach_lerp_([mine[i] for i in floats], [theirs[i] for i in floats], weight)
@@ -286,7 +268,8 @@ def critic_loss(
     between = torch.lerp(fake, real, mix).requires_grad_(True)
     (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     norm = gradient.flatten(1).norm(dim=1)
-    return scores[:n].mean() - scores[n:].mean() + penalty * (norm - 1).square().mean()
+    loss: Tensor = scores[:n].mean() - scores[n:].mean() + penalty * (norm - 1).square().mean()
+    return loss
 
 
 def _adam(module: nn.Module, lr: float) -> torch.optim.Adam:

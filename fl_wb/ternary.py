@@ -1,0 +1,188 @@
+"""Ternarization of a generator: weights and thresholds learned together.
+
+Each weight tensor W becomes alpha * Q, with Q in {-1, 0, +1} by a threshold Delta around the mean
+m of W: +1 above m + Delta, -1 below m - Delta. For the Gaussian fitted to W the mean magnitude
+above the threshold has a closed form in Delta (a truncated Gaussian), so alpha carries a
+gradient to Delta (He and Fan, "Simultaneously Optimizing Weight and Quantizer of Ternary Neural
+Network Using Truncated Gaussian Approximation", CVPR 2019). Biases and normalisation stay in
+full precision. `fl_wb.packing` has the file format.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fl_wb.distillation import Distillation, distill
+from fl_wb.networks import device_of
+from fl_wb.packing import PackedFileError, load, pack, save, unpack
+from fl_wb.wgan import Progress
+
+__all__ = [
+    "PackedFileError",
+    "Ternarization",
+    "Ternary",
+    "load",
+    "pack",
+    "save",
+    "ternarizable",
+    "ternarize",
+    "unpack",
+]
+
+LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+"""Layers whose weight is ternarized."""
+
+
+@dataclass
+class Ternarization:
+    """How a generator is ternarized.
+
+    Attributes
+    ----------
+    iterations, batch_size, lr
+        Of the distillation from the full-precision generator: it measured better than the
+        paper's WGAN loss (Frechet distance 9 against 17 on digits).
+    threshold_lr
+        Learning rate of Delta / std(W); 0 keeps the thresholds where they start. Rates some ten
+        times larger drift to all or no weights zero.
+    """
+
+    iterations: int = 2000
+    batch_size: int = 128
+    lr: float = 1e-3
+    threshold_lr: float = 2e-4
+
+
+class Ternary(nn.Module):
+    """Parametrization of one weight tensor: W -> alpha(Delta) * Q(W, Delta).
+
+    Parameters
+    ----------
+    weight : Tensor
+        The weight at the start; Delta begins at 0.7 E|W - m|, the best threshold for a
+        Gaussian under squared error (Li and Liu, 2016).
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        centred = weight.detach() - weight.detach().mean()
+        ratio = 0.7 * centred.abs().mean() / centred.std().clamp_min(1e-12)
+        # In units of W's standard deviation, so that one learning rate suits every layer.
+        self.threshold = nn.Parameter(ratio.clamp(0.05, 2.0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return alpha * Q, of the weight's shape; straight through to W, by alpha to Delta."""
+        centred = weight.detach() - weight.detach().mean()
+        std = centred.std().clamp_min(1e-12)
+        ratio = self.threshold.clamp(0.05, 2.0)
+        signs = torch.sign(centred) * (centred.abs() > ratio.detach() * std)
+        ternary: Tensor = std * mean_above(ratio) * signs
+        return ternary + (weight - weight.detach())
+
+
+def mean_above(ratio: Tensor) -> Tensor:
+    """E[|x| given |x| > ratio] of x ~ N(0, 1): the alpha of a threshold, in units of std.
+
+    phi(r) / (1 - Phi(r)), the mean of the truncated Gaussian (He and Fan, 2019, eq. 9).
+    """
+    density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
+    mean: Tensor = density / torch.special.ndtr(-ratio)
+    return mean
+
+
+def ternarizable(generator: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, layer) of every layer whose weight is ternarized."""
+    for name, layer in generator.named_modules():
+        if isinstance(layer, LAYERS):
+            yield name, layer
+
+
+def ternarize(
+    generator: nn.Module,
+    *,
+    iterations: int | None = None,
+    settings: Ternarization | None = None,
+    seed: int = 0,
+    latent_dim: int | None = None,
+    device: str | torch.device | None = None,
+    callback: Progress | None = None,
+) -> nn.Module:
+    """Return a copy whose every linear and convolution weight takes three values.
+
+    Weights and thresholds are trained together to generate, latent by latent, what the
+    full-precision generator generates. No data is needed.
+
+    Parameters
+    ----------
+    generator : nn.Module
+        Left alone.
+    iterations : int, optional
+        In place of those in `settings`.
+    settings : Ternarization, optional
+    seed : int
+        The same arguments give the same generator.
+    latent_dim : int, optional
+        For a generator without the attribute.
+    device : optional
+        Where to train; where the generator is if None.
+    callback : optional
+        Told (iterations done, in all, losses).
+
+    Returns
+    -------
+    nn.Module
+        A plain module of the same architecture, in eval mode: each ternarized weight holds
+        -alpha, 0 and alpha, and nothing else.
+
+    Raises
+    ------
+    ValueError
+        If the generator has no layer to ternarize.
+    """
+    settings = settings or Ternarization()
+    if iterations is not None:
+        settings = replace(settings, iterations=iterations)
+    home = device_of(generator)
+    teacher = deepcopy(generator).to(device or home).eval().requires_grad_(False)
+    student = deepcopy(teacher).requires_grad_(True)
+    layers = [layer for _, layer in ternarizable(student)]
+    if not layers:
+        raise ValueError(
+            f"{type(generator).__name__} has no linear or convolution layer to ternarize"
+        )
+    thresholds = []
+    for layer in layers:
+        weight = layer.get_parameter("weight")
+        ternary = Ternary(weight).to(weight.device)
+        # unsafe: the parametrization cannot be inverted, and need not be
+        parametrize.register_parametrization(layer, "weight", ternary, unsafe=True)
+        thresholds.append(ternary.threshold)
+    apart = {id(threshold) for threshold in thresholds}
+    weights = [p for p in student.parameters() if id(p) not in apart]
+    distill(
+        student,
+        teacher,
+        Distillation(settings.iterations, settings.batch_size, settings.lr),
+        latent_dim=latent_dim,
+        seed=seed,
+        groups=[{"params": weights}, {"params": thresholds, "lr": settings.threshold_lr}],
+        callback=callback,
+    )
+    for layer in layers:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    return student.to(home).eval()
