@@ -20,9 +20,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fl_wb import datasets
-from fl_wb.config import CONF, Config, ConfigError, compose, parse
+from fl_wb.config import CONF, Config, ConfigError, compose
 from fl_wb.launcher import RunFailed, launch
 from fl_wb.networks import make_critic, make_generator
+from fl_wb.overrides import parse
 from fl_wb.readers import DataError
 
 _failures: list[str] = []  # of the runs of one command; a sweep goes on without them

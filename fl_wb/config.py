@@ -8,7 +8,6 @@ that they set; the YAML files of conf/ hold only what differs from them.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -21,38 +20,18 @@ from typing import Any, cast, get_type_hints
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fl_wb import limits
+from fl_wb.adaptation import METHODS, Adaptation
 from fl_wb.barycenter import GEODESICS, STARTS, Stage
 from fl_wb.datasets import DataConfig
+from fl_wb.overrides import ConfigError as ConfigError
+from fl_wb.overrides import check_key, parse, split, words
+from fl_wb.ternary import Ternarization
 from fl_wb.wgan import Training
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used; the text names the key, the value and what is allowed."""
-
-
-@dataclass
-class Adaptation:
-    """Stand-in until fl_wb.adaptation is there."""
-
-    method: str = "variation"
-    training: Training = field(default_factory=Training)
-
-
-@dataclass
-class Ternarization:
-    """Stand-in until fl_wb.ternary is there."""
-
-    iterations: int = 500
-    batch_size: int = 128
-    lr: float = 1e-3
-    threshold_lr: float = 1e-5
 
 
 @dataclass
@@ -159,7 +138,9 @@ RULES: dict[str, limits.Rule] = {
     "strategy.name": limits.one_of("adaptive_coalescence", "fedavg"),
     "geodesic": limits.one_of(*GEODESICS),
     "start": limits.one_of(*STARTS),
-    "method": limits.one_of("variation", "plain"),
+    "method": limits.one_of(*METHODS),
+    "anchor": limits.at_least(0),
+    "fidelity": limits.at_least(0),
     "evaluation_samples": limits.at_least(2),
     "iterations": limits.at_least(1),
     "batch_size": limits.at_least(2),
@@ -194,7 +175,7 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
     """
     overrides = split(overrides) if isinstance(overrides, str) else list(overrides)
     for override in parse(overrides):
-        _check_key(override)
+        check_key(override, _fields(), _groups())
     try:
         with _hydra():
             composed = hydra.compose("config", overrides)
@@ -233,91 +214,14 @@ def from_run_config(run_config: Mapping[str, Any]) -> Config:
     return config
 
 
-def split(overrides: str) -> list[str]:
-    """Split one string of overrides at its spaces, as a shell would.
-
-    Raises
-    ------
-    ConfigError
-        If a quotation is not closed.
-    """
-    try:
-        return shlex.split(overrides)
-    except ValueError as error:
-        raise ConfigError(f"overrides={overrides!r}: {error}") from error
-
-
-def parse(overrides: Sequence[str]) -> list[Override]:
-    """Parse overrides by Hydra's grammar.
-
-    Raises
-    ------
-    ConfigError
-        If one is no override.
-    """
-    parsed = []
-    for text in overrides:
-        try:
-            parsed.append(OverridesParser.create().parse_override(text))
-        except HydraException as error:
-            raise ConfigError(
-                f"{text!r} is no override; write key=value, such as seed=1 or data=mnist"
-            ) from error
-    return parsed
-
-
-def _check_key(override: Override) -> None:
-    """Refuse what Hydra would accept or explain badly: unknown and added keys, unknown options."""
-    text, key = override.input_line, override.key_or_group
-    if override.is_add() or override.is_delete():
-        raise ConfigError(f"{text!r}: keys cannot be added or removed; write key=value")
-    if override.is_sweep_override():
-        raise ConfigError(f"{text!r} is a sweep, which is for `fl-wb -m`; one run takes one value")
-    fields, groups = _fields(), _groups()
-    if key in groups:
-        option = override.value()
-        if option not in groups[key] and not (key == "experiment" and option is None):
-            raise ConfigError(
-                f"{key}={option!r} must be one of: {', '.join(groups[key])}"
-                + limits.suggestion(str(option), groups[key])
-            )
-    elif key not in fields:
-        parent = key.rpartition(".")[0]
-        while parent and not any(name.startswith(f"{parent}.") for name in fields):
-            parent = parent.rpartition(".")[0]
-        raise ConfigError(
-            f"{text!r}: there is no key {key!r}"
-            + limits.suggestion(key, [*fields, *groups])
-            + f"; {f'the keys of {parent}' if parent else 'the keys'} are: "
-            + ", ".join(_below(parent))
-        )
-    elif is_dataclass(fields[key]):
-        raise ConfigError(f"{text!r}: {key} is a group; its keys are: {', '.join(_below(key))}")
-
-
 def _explain(error: Exception) -> str:
     """Return what Hydra or OmegaConf found, in the words of the user's keys."""
     cause: BaseException = error.__cause__ or error
     key = re.sub(r"\[.*", "", str(getattr(cause, "full_key", None) or ""))
     match = re.search(r"Error merging override (.*)", str(error))
     if match and key in _fields():
-        return f"{match.group(1)}: {key} must be {_words(_fields()[key])}"
+        return f"{match.group(1)}: {key} must be {words(_fields()[key])}"
     return str(error).split("\nConfig search path")[0].replace("\n", " ")
-
-
-def _words(kind: Any) -> str:
-    """Return a field's type in words."""
-    words = {
-        int: "an integer",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        list[list[int]]: "a list of lists of integers, such as [[0,1,2],[3,4]]",
-    }
-    parts = [part for part in getattr(kind, "__args__", ()) if part is not type(None)]
-    if type(None) in getattr(kind, "__args__", ()):
-        return f"{_words(parts[0])} or null"
-    return words.get(kind, str(kind))
 
 
 @cache
@@ -331,12 +235,6 @@ def _fields() -> dict[str, Any]:
                 yield from walk(cast(type, hint), f"{prefix}{name}.")
 
     return dict(walk(Config, ""))
-
-
-def _below(parent: str) -> list[str]:
-    """Return the keys directly below a group of keys, or at the top."""
-    keys = (key.rpartition(".") for key in [*_fields(), *(() if parent else _groups())])
-    return sorted({name for above, _, name in keys if above == parent})
 
 
 def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
