@@ -1,1 +1,8 @@
-"""What the nodes of FL-WB do."""
+"""What nodes do: sources train and upload generators, targets adapt, ternarize and evaluate."""
+
+from __future__ import annotations
+
+from fl_wb.clients.source import source_train
+from fl_wb.clients.target import FastAdaptation, target_evaluate
+
+__all__ = ["FastAdaptation", "source_train", "target_evaluate"]

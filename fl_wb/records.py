@@ -31,8 +31,8 @@ WEIGHT = "num-examples"
 PARTITION = "partition"
 TERNARY = "ternary"
 ROLE = "role"
-SOURCE, TARGET, BOTH = "source", "target", "both"
-ROLES = (SOURCE, TARGET, BOTH)
+SOURCE, TARGET, BOTH, NONE = "source", "target", "both", "none"
+ROLES = (SOURCE, TARGET, BOTH, NONE)
 
 _STYPE = "numpy.ndarray"
 _HEADER = 10_000  # bytes; numpy refuses longer .npy headers too

@@ -26,8 +26,8 @@ ROLE_TIMEOUT = 60.0  # seconds; a fresh client process has to import torch befor
 class RoleFedAvg(FedAvg):
     """Federated averaging that trains on sources and evaluates on targets.
 
-    Every node is asked once, by a QUERY message, for its role: a ConfigRecord with ``role`` in
-    "source", "target" or "both". A node that answers anything else, or whose app has no
+    Every node is asked once, by a QUERY message, for its role: a ConfigRecord with ``role`` as
+    "source", "target", "both" or "none" (it takes no part). A node that answers anything else, or whose app has no
     ``@app.query()``, plays both roles, so that on such nodes this is FedAvg. The arguments are
     those of `flwr.serverapp.strategy.FedAvg`; fractions and minimums count the nodes of the role
     in question, and a minimum that more than these would be needed for is lowered to their number.

@@ -12,8 +12,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg
-from flwr.serverapp.strategy.result import Result
+from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
 from fl_wb.barycenter import recursive_barycenter

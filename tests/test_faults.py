@@ -12,7 +12,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy.result import Result
+from flwr.serverapp.strategy import Result
 
 from fl_wb.strategies import AdaptiveCoalescence
 from tests.flower import InProcessGrid

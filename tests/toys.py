@@ -7,9 +7,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fl_wb.adaptation import Adaptation
 from fl_wb.barycenter import Stage
 from fl_wb.distillation import Distillation
 from fl_wb.networks import MLPCritic, MLPGenerator
+from fl_wb.ternary import Ternarization
 from fl_wb.wgan import Training
 
 SHAPE = (1, 4, 4)
@@ -18,6 +20,8 @@ STAGE = Stage(
     training=Training(iterations=2, batch_size=8, critic_steps=1, warmup=1),
 )
 TRAINING = Training(iterations=2, batch_size=8, critic_steps=1)
+ADAPTATION = Adaptation(training=Training(iterations=2, batch_size=8, critic_steps=1, warmup=1))
+TERNARIZATION = Ternarization(iterations=2, batch_size=8)
 
 
 def generator() -> nn.Module:

@@ -1,0 +1,145 @@
+"""A source node: trains a WGAN-GP on its own data once, and uploads the generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
+
+from fl_wb import records
+from fl_wb.wgan import Progress, Training, resample, train_wgan
+
+_GENERATOR, _METRICS = "fl_wb.source.generator", "fl_wb.source.metrics"  # in context.state
+
+
+def train_source(
+    generator: nn.Module,
+    critic: Callable[[], nn.Module],
+    samples: Tensor,
+    training: Training,
+    *,
+    latent_dim: int | None = None,
+    seed: int = 0,
+    callback: Progress | None = None,
+) -> tuple[nn.Module, dict[str, float]]:
+    """Train a generator on a source's own samples.
+
+    Parameters
+    ----------
+    generator : nn.Module
+        Where training starts; left alone.
+    critic : callable
+        Factory of a critic.
+    samples : Tensor
+        The source's data (n, ...), n >= 1; fewer than a batch are drawn with replacement.
+    training : Training
+        How long and how fast.
+    latent_dim, seed, callback : optional
+        As in `fl_wb.wgan.train_wgan`.
+
+    Returns
+    -------
+    nn.Module, dict of str to float
+        The trained generator, and the last ``generator-loss``, ``critic-loss`` and the
+        ``train-seconds`` that it took.
+    """
+    last: dict[str, float] = {}
+
+    def listen(done: int, total: int, losses: dict[str, float]) -> None:
+        if callback:
+            callback(done, total, losses)
+        if done == total:
+            last.update({f"{name}-loss": float(value) for name, value in losses.items()})
+
+    began = perf_counter()
+    with torch.random.fork_rng(devices=[]):  # the critic's initial weights, too, are the seed's
+        torch.manual_seed(seed)
+        critics = [critic()]
+    trained = train_wgan(
+        generator,
+        critics,
+        [resample(samples)],
+        training,
+        latent_dim=latent_dim,
+        seed=seed,
+        callback=listen,
+    )
+    return trained.generator, {**last, "train-seconds": perf_counter() - began}
+
+
+def source_train(
+    message: Message,
+    context: Context,
+    *,
+    generator: Callable[[], nn.Module],
+    critic: Callable[[], nn.Module],
+    samples: Callable[[], Tensor],
+    training: Training,
+    again: bool = False,
+    latent_dim: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    callback: Progress | None = None,
+) -> RecordDict:
+    """Answer a TRAIN message with a generator of this node's data.
+
+    The first time it is trained from the arrays in the message, and kept in ``context.state``;
+    later rounds get the same generator, at no cost, since a source's data does not change.
+
+    Parameters
+    ----------
+    message, context
+        As Flower hands them over.
+    generator, critic : callable
+        Factories of the networks.
+    samples : callable
+        Returns the node's data (n, ...); only called if there is something to train.
+    training : Training
+        How long and how fast.
+    again : bool
+        Train in every round, from the arrays of that round (what FedAvg needs).
+    latent_dim, seed, device, callback : optional
+        As in `train_source`; the device to train on.
+
+    Returns
+    -------
+    RecordDict
+        The generator, and metrics: ``num-examples`` and what `train_source` reports.
+
+    Raises
+    ------
+    ValueError
+        If the server's arrays do not fit this node's network, naming the first that does not; or
+        if the node has no data.
+    """
+    state = context.state
+    if again or _GENERATOR not in state:
+        network = generator()
+        try:
+            records.load(message.content.array_records[records.ARRAYS], network)
+        except records.InvalidUpload as error:
+            raise ValueError(
+                f"the server's generator does not fit that of node {context.node_id}: {error}"
+            ) from error
+        data = samples()
+        if len(data) == 0:
+            raise ValueError(f"node {context.node_id} has no samples to train on")
+        trained, figures = train_source(
+            network.to(device),
+            critic,
+            data.to(device),
+            training,
+            latent_dim=latent_dim,
+            seed=seed,
+            callback=callback,
+        )
+        state[_GENERATOR] = records.to_arrays(trained)
+        state[_METRICS] = MetricRecord({records.WEIGHT: len(data), **figures})
+    arrays = state[_GENERATOR]
+    metrics = state[_METRICS]
+    assert isinstance(arrays, ArrayRecord)
+    assert isinstance(metrics, MetricRecord)
+    return RecordDict({records.ARRAYS: arrays, records.METRICS: metrics})

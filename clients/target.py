@@ -1,0 +1,199 @@
+"""A target node: adapts the barycenter to its few samples, ternarizes it, and evaluates it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from time import perf_counter
+
+from flwr.app import (
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
+from flwr.clientapp.typing import ClientAppCallable
+from torch import Tensor, nn
+
+from fl_wb import metrics, records, ternary
+from fl_wb.adaptation import Adaptation, adapt
+from fl_wb.networks import generate
+from fl_wb.ternary import Ternarization, ternarize
+
+PICTURES = 64  # of each step, in a reply
+
+
+@dataclass
+class FastAdaptation:
+    """Flower mod: adapts and ternarizes the generator in an EVALUATE message.
+
+    The app's own ``@app.evaluate()`` then sees, under the same key and with the same names,
+    shapes and dtypes, a generator made for this node. Messages of other types pass untouched.
+
+    ``ClientApp(mods=[FastAdaptation(make_generator, my_samples)])``
+
+    Parameters
+    ----------
+    generator : callable
+        Factory of the generator whose state dict the message carries.
+    samples : callable
+        Given the Context, returns the node's few samples, a Tensor (n, ...) with n >= 1.
+    critic : callable, optional
+        Factory of a critic; a multilayer perceptron by default.
+    adaptation : Adaptation, optional
+        Settings of `fl_wb.adaptation.adapt`.
+    ternarize : bool
+        False leaves the adapted generator in full precision.
+    ternarization : Ternarization, optional
+        Settings of `fl_wb.ternary.ternarize`.
+    arrayrecord_key : str
+        Key of the ArrayRecord in the message; the strategy's, which is Flower's default.
+    latent_dim : int, optional
+        Needed if the generator has no attribute ``latent_dim``.
+    seed : int
+        Same message, samples and seed: same generator.
+    device : str
+        Where to train, e.g. "cuda".
+    """
+
+    generator: Callable[[], nn.Module]
+    samples: Callable[[Context], Tensor]
+    _: KW_ONLY
+    critic: Callable[[], nn.Module] | None = None
+    adaptation: Adaptation | None = None
+    ternarize: bool = True
+    ternarization: Ternarization | None = None
+    arrayrecord_key: str = records.ARRAYS
+    latent_dim: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Handle a message as a Flower mod.
+
+        Raises
+        ------
+        ValueError
+            If the message has no such ArrayRecord, its arrays do not fit the generator (naming
+            the first that does not), or the node has no samples.
+        """
+        if message.metadata.message_type.split(".")[0] != MessageType.EVALUATE:
+            return call_next(message, context)
+        start = self.start(message, context)
+        adapted, tern = self.adapt(start, self.few(context, start))
+        content = dict(message.content)
+        arrays = message.content.array_records[self.arrayrecord_key]
+        content[self.arrayrecord_key] = records.like((tern or adapted).state_dict(), arrays)
+        message.content = RecordDict(content)
+        return call_next(message, context)
+
+    def start(self, message: Message, context: Context) -> nn.Module:
+        """Return the generator that a message carries."""
+        found = message.content.array_records
+        if self.arrayrecord_key not in found:
+            raise ValueError(
+                f"the message to node {context.node_id} has no ArrayRecord "
+                f"{self.arrayrecord_key!r}, only {sorted(found)}: set arrayrecord_key"
+            )
+        try:
+            return records.load(found[self.arrayrecord_key], self.generator()).to(self.device)
+        except records.InvalidUpload as error:
+            raise ValueError(
+                f"the server's generator does not fit that of node {context.node_id}: {error}"
+            ) from error
+
+    def few(self, context: Context, start: nn.Module) -> Tensor:
+        """Return the node's few samples, checked against what the generator makes."""
+        few = self.samples(context)
+        shape = tuple(generate(start, 1, latent_dim=self.latent_dim).shape[1:])
+        node = f"node {context.node_id} {dict(context.node_config)}"
+        if len(few) == 0:
+            raise ValueError(f"{node} has no samples to adapt to: its data is {tuple(few.shape)}")
+        if tuple(few.shape[1:]) != shape:
+            raise ValueError(
+                f"{node} has samples of shape {tuple(few.shape[1:])}, but its generator makes "
+                f"samples of shape {shape}"
+            )
+        return few.to(self.device)
+
+    def adapt(self, start: nn.Module, few: Tensor) -> tuple[nn.Module, nn.Module | None]:
+        """Return the adapted generator, and the ternary one unless that is off."""
+        adapted = adapt(
+            start,
+            few,
+            critic=self.critic,
+            settings=self.adaptation,
+            seed=self.seed,
+            latent_dim=self.latent_dim,
+            device=self.device,
+        )
+        if not self.ternarize:
+            return adapted, None
+        return adapted, ternarize(
+            adapted,
+            settings=self.ternarization,
+            seed=self.seed,
+            latent_dim=self.latent_dim,
+            device=self.device,
+        )
+
+
+def target_evaluate(
+    message: Message,
+    context: Context,
+    adaptation: FastAdaptation,
+    held_out: Tensor,
+    features: Callable[[Tensor], Tensor] | None = None,
+    n: int | None = None,
+) -> RecordDict:
+    """Answer an EVALUATE message with what the barycenter became on this node, step by step.
+
+    Parameters
+    ----------
+    message, context
+        As Flower hands them over.
+    adaptation : FastAdaptation
+        How this node adapts, and its few samples.
+    held_out : Tensor
+        Real samples (m, ...) that neither the sources nor this node trained on.
+    features, n : optional
+        As in `fl_wb.metrics.evaluate`.
+
+    Returns
+    -------
+    RecordDict
+        Metrics ``<step>/<key>`` for the steps barycenter, adapted and ternary and the keys of
+        `fl_wb.metrics.evaluate`; the packed ternary generator; and a few pictures of each step.
+    """
+    start = adaptation.start(message, context)
+    few = adaptation.few(context, start)
+    began = perf_counter()
+    adapted, tern = adaptation.adapt(start, few)
+    seconds = perf_counter() - began
+    steps: dict[str, nn.Module] = {"barycenter": start, "adapted": adapted}
+    steps |= {"ternary": tern} if tern is not None else {}
+    figures: dict[str, MetricRecordValues] = {records.WEIGHT: len(few), "adapt-seconds": seconds}
+    pictures: dict[str, Tensor] = {"few": few[:PICTURES].cpu()}
+    for step, network in steps.items():
+        values = metrics.evaluate(
+            network,
+            held_out,
+            few=few.cpu(),
+            features=features,
+            n=n,
+            seed=adaptation.seed,
+            latent_dim=adaptation.latent_dim,
+        )
+        figures |= {f"{step}/{name}": value for name, value in values.items()}
+        pictures[step] = generate(network, PICTURES, latent_dim=adaptation.latent_dim)
+    info = ConfigRecord({} if tern is None else {records.TERNARY: ternary.pack(tern)})
+    return RecordDict(
+        {
+            records.METRICS: MetricRecord(figures),
+            records.INFO: info,
+            records.SAMPLES: records.from_tensors(pictures),
+        }
+    )

@@ -1,0 +1,213 @@
+"""What the server keeps of a run: figures, pictures, generators, and the table at the end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from torch import Tensor, nn
+
+from fl_wb import records, ternary
+from fl_wb.config import Config
+from fl_wb.networks import generate
+from fl_wb.storage import save_tensors, write_atomic
+from fl_wb.tracking import Tracker, progress, summary_table
+
+log = logging.getLogger("flwr")
+
+COLUMNS = 12  # of a grid of pictures
+STEPS = ("barycenter", "adapted", "ternary")
+EVENTS = 20  # iterations between two points of a loss curve
+
+
+class Results:
+    """Observes a strategy through its metric aggregation functions, and writes the output folder.
+
+    Parameters
+    ----------
+    tracker : Tracker
+        Of the output folder.
+    config : Config
+        Of the run.
+    generator : callable
+        Factory of the run's generators.
+    """
+
+    def __init__(
+        self, tracker: Tracker, config: Config, generator: Callable[[], nn.Module]
+    ) -> None:
+        self.tracker, self.config, self.generator = tracker, config, generator
+        self.output: Path = tracker.output
+        self.sources: dict[int, dict[str, Any]] = {}
+        self.targets: dict[int, dict[str, Any]] = {}
+        self.ternary_bytes: list[int] = []
+        self._pictures: dict[str, dict[int, Tensor]] = {}
+        self._bar = progress("Barycenter")
+        self._began = perf_counter()
+
+    def stage(self, done: int, total: int, losses: dict[str, float]) -> None:
+        """Show how far the merge is (a `fl_wb.wgan.Progress`)."""
+        self._bar(done, total, losses)
+        if done % EVENTS == 0 or done == total:
+            for name, value in losses.items():
+                self.tracker.scalar(f"merge/{name}", value, done)
+
+    def train(self, contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+        """Aggregate the sources' metrics, and keep pictures of what they uploaded."""
+        for content in contents:
+            index = _partition(content)
+            self.sources[index] = _figures(content)
+            try:
+                network = records.load(_only(content.array_records), self.generator())
+            except records.InvalidUpload:  # Flower's FedAvg takes anything
+                continue
+            self._pictures.setdefault("source", {})[index] = generate(network, COLUMNS)
+        self._draw("source", "sources")
+        return aggregate_metricrecords(contents, weighted_by_key)
+
+    def evaluate(self, contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+        """Aggregate the targets' metrics; keep their ternary generators and pictures."""
+        self.ternary_bytes = []
+        for content in contents:
+            index = _partition(content)
+            self.targets[index] = _figures(content)
+            self._keep_ternary(index, content)
+            pictures = content.array_records.get(records.SAMPLES)
+            try:
+                tensors = {} if pictures is None else records.to_tensors(pictures)
+            except records.InvalidUpload as error:
+                log.warning("The pictures of target %d are left out: %s", index, error)
+                continue
+            for step, samples in tensors.items():
+                self._pictures.setdefault(step, {})[index] = samples[:COLUMNS]
+        for step in ("few", "adapted", "ternary"):
+            self._draw(step, step)
+        return aggregate_metricrecords(contents, weighted_by_key)
+
+    def finish(self, result: Result) -> str:
+        """Write what is left at the end of a run, and return its table.
+
+        Raises
+        ------
+        RuntimeError
+            If no source delivered a generator, or no target evaluated one.
+        """
+        rounds = {
+            number: {
+                "train": dict(result.train_metrics_clientapp.get(number, {})),
+                "evaluate": dict(result.evaluate_metrics_clientapp.get(number, {})),
+            }
+            for number in range(1, self.config.rounds + 1)
+        }
+        for number, parts in rounds.items():
+            for part, figures in parts.items():
+                for name, value in figures.items():
+                    if not isinstance(value, list):
+                        self.tracker.scalar(f"{part}/{name}", value, number)
+        last = _steps(rounds[self.config.rounds]["evaluate"])
+        size = self._keep_generator(result)
+        self._draw_overview()
+        self.tracker.write_json(
+            "metrics.json",
+            {
+                "final": last,
+                "rounds": rounds,
+                "sources": self.sources,
+                "targets": self.targets,
+                "bytes": {"generator": size, "ternary": self.ternary_bytes},
+                "seconds": perf_counter() - self._began,
+                "config": asdict(self.config),
+            },
+        )
+        if not result.arrays:
+            raise RuntimeError("no source delivered a valid generator: the log above says why")
+        if not last:
+            raise RuntimeError("no target evaluated the generator: the log above says why")
+        packed = max(self.ternary_bytes, default=0)
+        sizes = {"barycenter": size, "adapted": size, "ternary": packed}
+        titles = {"barycenter": "fedavg" if self.config.strategy.name == "fedavg" else "barycenter"}
+        return summary_table(
+            {
+                titles.get(step, step): {**figures, "kB": sizes[step] / 1000}
+                for step, figures in last.items()
+            }
+        )
+
+    def _keep_ternary(self, index: int, content: RecordDict) -> None:
+        packed = _info(content).get(records.TERNARY)
+        if not isinstance(packed, bytes):
+            return
+        name = f"ternary/target-{index}.flwb"
+        try:
+            ternary.unpack(packed, self.generator())
+            write_atomic(self.output / name, packed)
+            self.ternary_bytes.append(len(packed))
+        except (ternary.PackedFileError, OSError) as error:
+            log.warning("%s is left out: %s", name, error)
+
+    def _keep_generator(self, result: Result) -> int:
+        """Save the final generator; return its size in bytes."""
+        if not result.arrays:
+            return 0
+        network = records.load(result.arrays, self.generator())
+        state = network.state_dict()
+        self._pictures["barycenter"] = {0: generate(network, COLUMNS * 4)}
+        self.tracker.images("barycenter", self._pictures["barycenter"][0], columns=COLUMNS)
+        name = "fedavg" if self.config.strategy.name == "fedavg" else "barycenter"
+        try:
+            save_tensors(self.output / f"{name}.safetensors", state)
+        except OSError as error:
+            log.warning("%s.safetensors is left out: %s", name, error)
+        return sum(value.numel() * value.element_size() for value in state.values())
+
+    def _draw(self, step: str, tag: str) -> None:
+        rows = _rows(step, self._pictures.get(step, {}))
+        if rows:
+            self.tracker.images(tag, rows, columns=COLUMNS)
+
+    def _draw_overview(self) -> None:
+        """Draw one picture of the whole run, from the sources to the first target."""
+        rows = _rows("source", self._pictures.get("source", {}))
+        for step in ("barycenter", "few", "adapted", "ternary"):
+            if samples := self._pictures.get(step):
+                rows[step] = next(iter(samples.values()))
+        if rows:
+            self.tracker.images("overview", rows, columns=COLUMNS)
+
+
+def _rows(step: str, samples: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    who = "source" if step == "source" else "target"
+    return {f"{who} {index}": samples[index] for index in sorted(samples)}
+
+
+def _steps(figures: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Sort figures named ``<step>/<name>`` by step."""
+    found = {
+        step: {k.split("/")[1]: float(v) for k, v in figures.items() if k.startswith(f"{step}/")}
+        for step in STEPS
+    }
+    return {step: values for step, values in found.items() if values}
+
+
+def _figures(content: RecordDict) -> dict[str, Any]:
+    return dict(_only(content.metric_records))
+
+
+def _partition(content: RecordDict) -> int:
+    partition = _info(content).get(records.PARTITION)
+    return partition if isinstance(partition, int) else 0
+
+
+def _info(content: RecordDict) -> ConfigRecord:
+    return content.config_records.get(records.INFO, ConfigRecord())
+
+
+def _only(items: Mapping[str, Any]) -> Any:
+    return next(iter(items.values()))

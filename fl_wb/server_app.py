@@ -1,0 +1,90 @@
+"""The ServerApp: merges the sources' generators and keeps what the targets made of them."""
+
+from __future__ import annotations
+
+from logging import INFO
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import torch
+from flwr.app import Context
+from flwr.common.logger import log
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+from fl_wb import records
+from fl_wb.config import Config, from_run_config
+from fl_wb.results import Results
+from fl_wb.strategies import AdaptiveCoalescence, RoleFedAvg
+from fl_wb.task import factories, seeded
+from fl_wb.tracking import Tracker
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the whole federation.
+
+    Raises
+    ------
+    OSError
+        If the output folder cannot be written.
+    RuntimeError
+        If no source delivered a generator, or no target evaluated one.
+    """
+    torch.set_num_threads(1)  # one thread: the same result bit for bit, and small networks faster
+    config = from_run_config(context.run_config)
+    assert config.output is not None
+    output = Path(config.output)
+    tracker = Tracker(output)
+    generator, _ = factories(config)
+    results = Results(tracker, config, generator)
+    log(INFO, "Results go to %s", output)
+    try:
+        strategy = make_strategy(config, results)
+        wait_for_nodes(grid, len(config.data.sources) + len(config.data.targets))
+        result = strategy.start(
+            grid=grid,
+            initial_arrays=records.to_arrays(seeded(generator, config.seed)),
+            num_rounds=config.rounds,
+        )
+        table = results.finish(result)
+    finally:
+        tracker.close()
+    for line in table.splitlines():
+        log(INFO, line)
+    log(INFO, "Results: %s", output)
+
+
+def make_strategy(config: Config, results: Results) -> FedAvg:
+    """Return the strategy that the configuration names."""
+    # All nodes are there when a run starts; one that leaves must not hold up the rest of it.
+    arguments: dict[str, Any] = {
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+        "train_metrics_aggr_fn": results.train,
+        "evaluate_metrics_aggr_fn": results.evaluate,
+    }
+    if config.strategy.name == "fedavg":
+        return RoleFedAvg(**arguments)
+    generator, critic = factories(config)
+    return AdaptiveCoalescence(
+        **arguments,
+        generator=generator,
+        critic=critic,
+        stage=config.strategy.stage,
+        seed=config.seed,
+        store=results.output / "barycenter",
+        device=config.device,
+        callback=results.stage,
+    )
+
+
+def wait_for_nodes(grid: Grid, number: int) -> None:
+    """Wait until that many nodes are connected, as Flower's strategies do."""
+    while (connected := len(list(grid.get_node_ids()))) < number:
+        log(INFO, "Waiting for nodes: %d of %d are connected", connected, number)
+        sleep(1)
