@@ -64,7 +64,6 @@ def _job(_: DictConfig) -> None:
             log=output / "superlink.log",
             gpus=1 / nodes if config.device.startswith("cuda") else 0.0,
         )
-        print(f"Results: {output}")
     except (RunFailed, OSError) as error:
         _failures.append(f"{output}: {error}")
         if job.mode is RunMode.MULTIRUN:

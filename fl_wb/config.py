@@ -263,10 +263,10 @@ def _groups() -> dict[str, list[str]]:
 @contextmanager
 def _hydra() -> Iterator[None]:
     """Initialise Hydra for conf/, whatever else of Hydra the process has initialised already."""
-    state = GlobalHydra.instance()
-    before, state.hydra = state.hydra, None
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
     try:
         with hydra.initialize_config_module(CONF, version_base="1.3"):
             yield
     finally:
-        state.hydra = before
+        GlobalHydra.instance().hydra = before

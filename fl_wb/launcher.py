@@ -176,6 +176,7 @@ def _environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
+        "RAY_DEDUP_LOGS": "0",  # nodes' lines of progress are alike, and all wanted
         # Ray would otherwise hide GPUs from nodes that claim none, and warn about it each time.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }

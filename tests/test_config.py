@@ -1,0 +1,137 @@
+"""Configuration: the same on both sides, and refused with a name where it is wrong."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from fl_wb import config as configuration
+from fl_wb.config import RULES, Config, ConfigError, compose, from_run_config
+
+
+def test_defaults_are_those_of_the_dataclasses() -> None:
+    assert compose() == Config()
+
+
+def test_one_string_and_a_list_mean_the_same() -> None:
+    overrides = ["experiment=non_overlapping", "seed=3", "data.root='/a folder, oddly named'"]
+
+    config = compose(overrides)
+
+    assert compose(shlex.join(overrides)) == config
+    assert config.seed == 3
+    assert config.data.targets == [[8, 9]]
+    assert config.data.root == "/a folder, oddly named"
+
+
+def test_server_and_clients_compose_the_same_from_the_run_config(tmp_path: Path) -> None:
+    run_config = {
+        "overrides": "strategy=fedavg client.source.iterations=7",
+        "output": str(tmp_path),
+    }
+
+    server, client = from_run_config(run_config), from_run_config(dict(run_config))
+
+    assert server == client
+    assert (server.strategy.name, server.client.source.iterations) == ("fedavg", 7)
+    assert server.output == str(tmp_path)
+
+
+def test_without_an_output_folder_a_new_absolute_one_is_chosen() -> None:
+    output = from_run_config({"overrides": "", "output": ""}).output
+
+    assert output is not None
+    assert Path(output).is_absolute()
+    assert not Path(output).exists()
+
+
+@pytest.mark.parametrize(
+    "run_config",
+    [{"output": "results"}, {"overrides": "output=results"}, {"overrides": "data.root=digits"}],
+)
+def test_folders_of_a_run_are_absolute(run_config: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="must be an absolute folder"):
+        from_run_config(run_config)
+
+
+def test_data_sets_choose_their_network_unless_told_otherwise() -> None:
+    assert compose(["data=mnist", "data.root=/x"]).network.generator == "conv"
+    assert compose(["data=mnist", "data.root=/x", "network=mlp"]).network.generator == "mlp"
+
+
+def test_every_file_of_conf_composes() -> None:
+    for group, options in configuration._groups().items():
+        for option in options:
+            compose([f"{group}={option}", "data.root=/x"])
+
+
+def test_hydra_may_be_initialised_already() -> None:
+    with hydra.initialize_config_module("fl_wb.conf", version_base="1.3"):
+        before = GlobalHydra.instance().hydra
+        compose("seed=1")
+        assert GlobalHydra.instance().hydra is before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # unknown keys and options
+        ("sed=1", r"no key 'sed'; did you mean 'seed'\?"),
+        ("client.source.iteratons=1", r"did you mean 'client.source.iterations'\?"),
+        ("client.source.steps=1", "the keys of client.source are: batch_size, critic_lr, "),
+        ("+seed=1", "keys cannot be added or removed"),
+        ("~seed", "keys cannot be added or removed"),
+        ("data=mnits", "data='mnits' must be one of: digits, images, mnist; did you mean 'mnist'"),
+        ("experiment=none", "must be one of: non_overlapping, overlapping"),
+        ("client.source=3", "client.source is a group; its keys are: batch_size, "),
+        ("hydra.run.dir=x", "no key 'hydra.run.dir'"),
+        # ill-typed values
+        ("seed=abc", "seed=abc: seed must be an integer"),
+        ("seed=1.5", "seed=1.5: seed must be an integer"),
+        ("seed=null", "seed=null: seed must be an integer"),
+        ("client.source.critic_lr=fast", "client.source.critic_lr must be a number"),
+        ("network.width=wide", "network.width must be an integer or null"),
+        ("data.sources=[[0,one]]", "data.sources must be a list of lists of integers"),
+        ("data.sources=3", "data.sources must be a list of lists of integers"),
+        # out of range
+        ("seed=-1", "seed=-1 must be at least 0"),
+        ("data.seed=-1", "data.seed=-1 must be at least 0"),
+        ("client.adaptation.training.iterations=0", "iterations=0 must be at least 1"),
+        ("client.source.critic_lr=0", "critic_lr=0.0 must be more than 0"),
+        ("client.source.ema=1", "ema=1.0 must be at least 0 and less than 1"),
+        ("data.held_out=1", "held_out=1.0 must be more than 0 and less than 1"),
+        ("data.samples_per_class=0", "samples_per_class=0 must be at least 1"),
+        ("data.targets=[]", r"data.targets=\[\] must be a list with the classes of each node"),
+        ("data.targets=[[]]", "at least one node and one class each"),
+        ("seed=-1 rounds=0", "seed=-1 must be at least 0; rounds=0 must be at least 1"),
+        # unknown names
+        ("strategy.stage.geodesic=line", "'line' must be one of: two_critics, mixture, displacem"),
+        ("strategy.stage.start=cold", "start='cold' must be one of: distilled, previous"),
+        ("client.adaptation.method=x", "method='x' must be one of: variation, plain"),
+        ("network.generator=unet", "generator='unet' must be one of: mlp, conv, dcgan"),
+        ("device=gpu", "device='gpu' must be cpu, mps, cuda, or one CUDA device"),
+        ("data=mnist", "data.root must be given"),
+        # no overrides at all
+        ("seed", "'seed' is no override; write key=value"),
+        ("data.sources=[[0,1]", "is no override; write key=value"),
+        ("seed=1,2", "is a sweep, which is for `fl-wb -m`"),
+        ("seed='1", "No closing quotation"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose(overrides)
+
+
+def test_every_setting_has_a_rule_and_every_rule_a_setting() -> None:
+    values = configuration._values(OmegaConf.to_container(OmegaConf.structured(Config)))
+    keys = {key for key, _ in values} - {"output", "data.root"}  # folders: any
+
+    used = {key if key in RULES else key.rsplit(".", 1)[-1] for key in keys}
+
+    assert used == set(RULES)
