@@ -1,0 +1,168 @@
+"""The whole app on real digits: once as users run it, the rest on the in-process Grid."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+
+import fl_wb
+from fl_wb import ternary
+from fl_wb.client_app import app as client_app
+from fl_wb.config import compose
+from fl_wb.records import check_samples
+from fl_wb.server_app import app as server_app
+from fl_wb.storage import load_tensors
+from fl_wb.task import factories
+from tests.flower import InProcessGrid
+
+TINY = [
+    "network.width=16",
+    "client.source.iterations=8",
+    "strategy.stage.training.iterations=4",
+    "strategy.stage.training.warmup=2",
+    "strategy.stage.distillation.iterations=8",
+    "client.adaptation.training.iterations=2",
+    "client.adaptation.training.warmup=2",
+    "client.ternarization.iterations=4",
+    "data.samples_per_class=3",
+]
+STEPS = ("barycenter", "adapted", "ternary")
+NAMES = ("w1", "frechet", "kid", "energy", "density", "coverage", "memorization")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run_in_process(output: Path, *overrides: str, nodes: int = 3, **options: Any) -> InProcessGrid:
+    """Run our ServerApp and ClientApp in this process."""
+    config = {"overrides": " ".join([*TINY, *overrides]), "output": str(output)}
+    grid = InProcessGrid(client_app, nodes, config)
+    for node_id, killed in options.get("killed", {}).items():
+        grid.nodes[node_id].killed = killed
+    server_app(grid, Context(7, 1, {}, RecordDict(), config))
+    return grid
+
+
+def check_results(output: Path, *overrides: str, targets: int = 1, rounds: int = 1) -> Any:
+    """Assert that a run left what it promises; return its metrics."""
+    found = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
+    assert set(found["final"]) == set(STEPS)
+    for figures in found["final"].values():
+        assert set(figures) == set(NAMES)
+        assert all(isinstance(figures[name], float) for name in ("w1", "energy", "coverage"))
+    assert set(found["rounds"]) == {str(number) for number in range(1, rounds + 1)}
+    assert set(found["targets"]) == {str(index) for index in range(targets)}
+    for name in ("sources", "barycenter", "few", "adapted", "ternary", "overview"):
+        assert (output / f"{name}.png").read_bytes().startswith(PNG), name
+    assert list((output / "tensorboard").glob("events.*"))
+    generator, _ = factories(compose([*TINY, *overrides]))
+    for index in range(targets):
+        network = ternary.load(output / "ternary" / f"target-{index}.flwb", generator())
+        check_samples(network)
+        for _, layer in ternary.ternarizable(network):
+            assert isinstance(layer.weight, torch.Tensor)
+            assert len(layer.weight.unique()) == 3
+    return found
+
+
+def test_a_simulation_leaves_its_results(tmp_path: Path) -> None:
+    # Prepare
+    package = str(Path(fl_wb.__file__).parents[1])  # also where FL-WB is not installed
+    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+
+    # Execute
+    done = subprocess.run(
+        [sys.executable, "-m", "fl_wb.cli", *TINY, f"output={tmp_path / 'run'}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+    # Assert
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("memorization", "coverage", *STEPS, f"Results: {tmp_path / 'run'}"):
+        assert word in done.stdout
+    found = check_results(tmp_path / "run")
+    assert found["rounds"]["1"]["train"]["uploads-merged"] == 2
+    assert found["bytes"]["ternary"][0] < found["bytes"]["generator"]
+    state, _ = load_tensors(tmp_path / "run" / "barycenter.safetensors")
+    factories(compose(TINY))[0]().load_state_dict(state)
+    assert len(list((tmp_path / "run" / "barycenter").glob("*.safetensors"))) == 1
+
+
+def test_later_rounds_train_nothing_anew(tmp_path: Path) -> None:
+    # Prepare: three sources, two targets, and two nodes more than the configuration has
+    overrides = ("rounds=2", "data.sources=[[0,1],[2,3],[4,5]]", "data.targets=[[0,2],[6,7]]")
+
+    # Execute
+    grid = run_in_process(tmp_path, *overrides, nodes=7)
+
+    # Assert
+    found = check_results(tmp_path, *overrides, targets=2, rounds=2)
+    first, second = found["rounds"]["1"]["train"], found["rounds"]["2"]["train"]
+    assert first == second  # train-seconds too: the second time, the cached generator was sent
+    assert first["uploads-merged"] == 3
+    work = [node.received for node in grid.nodes.values()]
+    assert (
+        work
+        == [["query", "train", "train"]] * 3
+        + [["query", "evaluate", "evaluate"]] * 2
+        + [["query"]] * 2
+    )
+
+
+def test_fedavg_is_one_setting_away(tmp_path: Path) -> None:
+    run_in_process(tmp_path, "strategy=fedavg", "rounds=2")
+    found = check_results(tmp_path, rounds=2)
+    rounds = found["rounds"]
+    assert rounds["1"]["train"]["critic-loss"] != rounds["2"]["train"]["critic-loss"]
+    assert (tmp_path / "fedavg.safetensors").is_file()
+
+
+def test_the_same_seed_gives_the_same_figures(tmp_path: Path) -> None:
+    finals = []
+    for folder in ("first", "second"):
+        run_in_process(tmp_path / folder)
+        finals.append(check_results(tmp_path / folder)["final"])
+    assert finals[0] == finals[1]
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_at_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"output folder .*file/run cannot be written"):
+        run_in_process(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("message_type", "reason"),
+    [("train", "no source delivered a valid generator"), ("evaluate", "no target evaluated")],
+)
+def test_a_run_without_results_fails(tmp_path: Path, message_type: str, reason: str) -> None:
+    def killed(message: Message) -> bool:
+        return message.metadata.message_type == message_type
+
+    with pytest.raises(RuntimeError, match=reason):
+        run_in_process(tmp_path, killed=dict.fromkeys((11, 12, 13), killed))
+    assert (tmp_path / "metrics.json").is_file()
+
+
+def test_a_disk_that_fails_costs_an_artefact_and_not_the_run(tmp_path: Path) -> None:
+    # Prepare: a folder stands where the generator should go, a file where the ternary ones should
+    (tmp_path / "barycenter.safetensors").mkdir()
+    (tmp_path / "ternary").touch()
+
+    # Execute
+    run_in_process(tmp_path)
+
+    # Assert
+    final = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["final"]
+    assert set(final) == set(STEPS)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
