@@ -171,8 +171,9 @@ def _array(entry: Mapping[str, Any], part: memoryview) -> Array:
     codes = (packed & 3).reshape(-1)[: math.prod(entry["shape"])]
     if (codes == 3).any():
         raise PackedFileError(f"{entry['name']} holds a code that is no ternary weight")
-    values: Array = np.array([0.0, entry["alpha"], -entry["alpha"]], np.float32)
-    return values[codes].reshape(tuple(entry["shape"]))
+    values = np.array([0.0, entry["alpha"], -entry["alpha"]], np.float32)
+    array: Array = values[codes].reshape(tuple(entry["shape"]))
+    return array
 
 
 def _size(entry: Mapping[str, Any]) -> int:

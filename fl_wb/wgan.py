@@ -190,7 +190,6 @@ class _Loop:
 
     def step(self) -> Callable[[], dict[str, float]]:
         """One iteration: the critics' steps, then the generator's; returns its losses."""
-        self._decay_rates()
         critic_losses = self.critic_phase(self.training.critic_steps)
         z = self.latents(self.training.batch_size)
         fakes = self.generator(z)
@@ -204,14 +203,6 @@ class _Loop:
         self.ema.update(self.generator, self.state.iteration)
         self.state.iteration += 1
         return lambda: {"generator": loss.item(), "critic": critic_losses.item()}
-
-    def _decay_rates(self) -> None:
-        # A game at constant rates circles around its equilibrium; falling rates end in it.
-        left = min(1.0, 2 * (1 - self.state.iteration / self.training.iterations))
-        rates = [self.training.generator_lr] + [self.training.critic_lr] * len(self.critics)
-        for adam, rate in zip([self.generator_adam, *self.critic_adams], rates, strict=True):
-            for group in adam.param_groups:
-                group["lr"] = rate * left
 
     def critic_phase(self, steps: int) -> Tensor:
         """Critic steps on fakes made at once, without a graph; returns the last mean loss."""
