@@ -1,0 +1,215 @@
+"""The command line: checks first, one run at a time, and an honest exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+from fl_wb import cli
+from fl_wb.config import ConfigError, compose, from_run_config
+from fl_wb.launcher import RunFailed, launch
+from fl_wb.readers import DataError
+
+Command = Callable[..., list[dict[str, Any]]]
+
+APP = """
+from pathlib import Path
+from time import sleep
+
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+client = ClientApp()
+server = ServerApp()
+
+
+@server.main()
+def main(grid, context):
+    output = Path(context.run_config["output"])
+    (output / "started").touch()
+    if "seed=1" in context.run_config["overrides"]:
+        sleep(120)
+    raise RuntimeError("told to \\"fail\\"")
+"""
+APP_TOML = """
+[project]
+name = "fake"
+version = "1.0.0"
+
+[tool.flwr.app]
+publisher = "tests"
+
+[tool.flwr.app.components]
+serverapp = "fake:server"
+clientapp = "fake:client"
+
+[tool.flwr.app.config]
+overrides = ""
+output = ""
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run `fl-wb` in this process, with launches recorded instead of made."""
+    launches: list[dict[str, Any]] = []
+
+    def record(run_config: Mapping[str, str], **settings: Any) -> None:
+        launches.append({"run_config": run_config, **settings})
+        if "seed=13" in run_config["overrides"]:
+            raise RunFailed("unlucky")
+
+    def run(*arguments: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["fl-wb", *arguments])
+        cli.main()
+        return launches
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "launch", record)
+    monkeypatch.setattr(cli, "_failures", [])
+    run.launches = launches  # type: ignore[attr-defined]
+    return run
+
+
+def test_a_run_gets_its_overrides_and_hydras_folder(command: Command, tmp_path: Path) -> None:
+    (launched,) = command("experiment=non_overlapping", "seed=3", "hydra.run.dir=here")
+
+    assert launched["run_config"]["output"] == str(tmp_path / "here")
+    assert launched["nodes"] == 3
+    assert launched["gpus"] == 0
+    theirs = from_run_config(launched["run_config"])
+    theirs.output = None
+    assert theirs == compose(["experiment=non_overlapping", "seed=3"])
+
+
+def test_relative_folders_become_absolute(command: Command, tmp_path: Path) -> None:
+    pictures = tmp_path / "it's data"
+    for index in range(3):
+        for label in ("cat", "dog"):
+            _picture(pictures / label / f"{index}.png")
+
+    (launched,) = command(
+        "data=images",
+        f"data.root='{pictures.name}'".replace("it's", r"it\'s"),
+        *("data.sources=[[0],[1]]", "data.targets=[[0,1]]", "data.samples_per_class=1"),
+        "output=out",
+    )
+
+    config = from_run_config(launched["run_config"])
+    assert (config.data.root, config.output) == (str(pictures), str(tmp_path / "out"))
+
+
+def test_a_sweep_goes_on_after_a_failed_run_and_fails(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="unlucky"):
+        command("-m", "seed=12,13,14")
+
+    launched = [launch["run_config"] for launch in command.launches]  # type: ignore[attr-defined]
+    assert [run["overrides"] for run in launched] == ["seed=12", "seed=13", "seed=14"]
+    assert len({run["output"] for run in launched}) == 3
+    assert "going on with the sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sed=1"], "fl-wb: 'sed=1': there is no key 'sed'; did you mean 'seed'?"),
+        (["-m", "seed=1,2", "data=digits,mnits"], "data='mnits' must be one of"),
+        (["-m", "seed=1,2", "output=x"], "set hydra.sweep.dir"),
+        (["data=mnist", "data.root=nowhere"], "nowhere"),
+        (["data.sources=[[0],[11]]"], "11"),
+        (["data=images", "data.root=."], "fl-wb: "),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(
+    command: Command, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        command(*arguments)
+
+    assert message in str(exit_.value)
+    assert not command.launches  # type: ignore[attr-defined]
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    with pytest.raises(ConfigError, match="no CUDA device here"):
+        cli.check(compose("device=cuda:0"))
+
+
+def test_targets_without_enough_data_are_refused() -> None:
+    with pytest.raises(DataError, match=r"data.targets\[0\]"):
+        cli.check(compose("data.samples_per_class=1000"))
+
+
+@pytest.fixture
+def real_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run `fl-wb` in this process, with an app of ours instead of FL-WB's."""
+    (tmp_path / "pyproject.toml").write_text(APP_TOML)
+    (tmp_path / "fake.py").write_text(APP)
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["fl-wb", *arguments])
+        cli.main()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FL_WB_TEST", str(tmp_path))
+    monkeypatch.setattr(cli, "launch", partial(launch, app=tmp_path))
+    monkeypatch.setattr(cli, "_failures", [])
+    return run
+
+
+def test_a_failed_run_exits_non_zero_and_leaves_nothing_running(
+    real_command: Callable[..., None], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r'finished:failed.*told to "fail"'):
+        real_command("hydra.run.dir=out")
+
+    assert "Started server process" in (tmp_path / "out" / "superlink.log").read_text()
+    assert not _children(tmp_path)
+
+
+def test_an_interrupted_run_leaves_nothing_running(
+    real_command: Callable[..., None], tmp_path: Path
+) -> None:
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out" / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=interrupt).start()
+    with pytest.raises(SystemExit) as exit_:
+        real_command("seed=1", "hydra.run.dir=out")
+
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert not _children(tmp_path)
+
+
+def _children(folder: Path) -> list[psutil.Process]:
+    """Return the processes that a test started and that still run."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("FL_WB_TEST") == str(folder) and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+def _picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8)).save(path)
