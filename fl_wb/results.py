@@ -54,6 +54,7 @@ class Results:
 
     def stage(self, done: int, total: int, losses: dict[str, float]) -> None:
         """Show how far the merge is (a `fl_wb.wgan.Progress`)."""
+        losses = {name: value for name, value in losses.items() if name != "stage"}
         self._bar(done, total, losses)
         if done % EVENTS == 0 or done == total:
             for name, value in losses.items():
@@ -111,7 +112,8 @@ class Results:
                 for name, value in figures.items():
                     if not isinstance(value, list):
                         self.tracker.scalar(f"{part}/{name}", value, number)
-        last = _steps(rounds[self.config.rounds]["evaluate"])
+        # Of the last round that targets evaluated: the run may go on without them.
+        last = _steps(next((r["evaluate"] for r in [*rounds.values()][::-1] if r["evaluate"]), {}))
         size = self._keep_generator(result)
         self._draw_overview()
         self.tracker.write_json(

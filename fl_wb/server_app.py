@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from logging import INFO
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from fl_wb.task import factories, seeded
 from fl_wb.tracking import Tracker
 
 app = ServerApp()
+
+SIMULATION_SECONDS = 20.0  # in which a simulation has registered all its nodes
 
 
 @app.main()
@@ -84,7 +86,21 @@ def make_strategy(config: Config, results: Results) -> FedAvg:
 
 
 def wait_for_nodes(grid: Grid, number: int) -> None:
-    """Wait until that many nodes are connected, as Flower's strategies do."""
+    """Wait until that many nodes are connected, as Flower's strategies do.
+
+    Raises
+    ------
+    RuntimeError
+        If a simulation has fewer nodes: no more will ever come.
+    """
+    began = monotonic()
     while (connected := len(list(grid.get_node_ids()))) < number:
+        simulated = type(grid).__name__ == "InMemoryGrid"
+        if simulated and monotonic() - began > SIMULATION_SECONDS:
+            raise RuntimeError(
+                f"this simulation has {connected} nodes, and its configuration {number} (each of "
+                "data.sources and data.targets is one); run it with `fl-wb`, or give `flwr run` "
+                f'--federation-config "num-supernodes={number} client-resources-num-cpus=1"'
+            )
         log(INFO, "Waiting for nodes: %d of %d are connected", connected, number)
         sleep(1)

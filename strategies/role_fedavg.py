@@ -27,10 +27,11 @@ class RoleFedAvg(FedAvg):
     """Federated averaging that trains on sources and evaluates on targets.
 
     Every node is asked once, by a QUERY message, for its role: a ConfigRecord with ``role`` as
-    "source", "target", "both" or "none" (it takes no part). A node that answers anything else, or whose app has no
-    ``@app.query()``, plays both roles, so that on such nodes this is FedAvg. The arguments are
-    those of `flwr.serverapp.strategy.FedAvg`; fractions and minimums count the nodes of the role
-    in question, and a minimum that more than these would be needed for is lowered to their number.
+    "source", "target", "both" or "none" (it takes no part). A node that answers anything else,
+    or whose app has no ``@app.query()``, plays both roles, so that on such nodes this is FedAvg.
+    The arguments are those of `flwr.serverapp.strategy.FedAvg`. The minimums say for how many
+    connected nodes to wait, as there; then fractions and minimums count the nodes of the role in
+    question, and all of these do where a minimum asks for more.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +81,8 @@ class RoleFedAvg(FedAvg):
         self._ask_roles(grid, connected)
         able = [n for n in connected if self._roles.get(n, BOTH) in (role, BOTH)]
         size = min(len(able), max(int(len(able) * fraction), minimum))
-        log(INFO, "%s: Sampled %d nodes (out of %d)", role, size, len(able))
+        name = "configure_train" if role == SOURCE else "configure_evaluate"
+        log(INFO, "%s: Sampled %d nodes (out of %d)", name, size, len(able))
         if not able:
             log(WARNING, "none of the %d connected nodes is a %s", len(connected), role)
         return random.sample(able, size)
@@ -101,6 +103,12 @@ class RoleFedAvg(FedAvg):
     def _ask_roles(self, grid: Grid, node_ids: Sequence[int]) -> None:
         """Ask the nodes whose role is not known; who does not answer is asked again next time."""
         unknown = [node_id for node_id in node_ids if node_id not in self._roles]
+        if unknown and not (self._roles or self._mute):
+            log(
+                INFO,
+                "Asking nodes for their roles (an app without @app.query() logs an error, once,",
+            )
+            log(INFO, "which does no harm: its nodes both train and evaluate)")
         # One node first: where the app cannot answer, each node would log a traceback.
         for asked in (unknown[:1], unknown[1:]):
             if not asked or self._mute:
@@ -111,8 +119,6 @@ class RoleFedAvg(FedAvg):
                 self._roles[_node_of(reply, messages)] = _role_in(reply)
                 self._mute |= reply.has_error() and "No query function" in str(reply.error.reason)
         if self._mute:
-            if unknown:
-                log(INFO, "The app has no @app.query() (its error is harmless): nodes do all work")
             self._roles.update(dict.fromkeys(unknown, BOTH))
         elif unknown:
             roles = Counter(self._roles.get(node_id, BOTH) for node_id in node_ids)

@@ -135,6 +135,15 @@ def test_the_same_seed_gives_the_same_figures(tmp_path: Path) -> None:
     assert finals[0] == finals[1]
 
 
+def test_a_simulation_with_too_few_nodes_says_how_to_size_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fl_wb.server_app.SIMULATION_SECONDS", -1.0)
+    monkeypatch.setattr(InProcessGrid, "__name__", "InMemoryGrid")  # Flower's for simulations
+    with pytest.raises(RuntimeError, match='2 nodes, .* 3 .*"num-supernodes=3 '):
+        run_in_process(tmp_path, nodes=2)
+
+
 def test_an_output_folder_that_cannot_be_written_is_refused_at_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"output folder .*file/run cannot be written"):
