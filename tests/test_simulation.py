@@ -139,9 +139,10 @@ def test_a_simulation_with_too_few_nodes_says_how_to_size_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fl_wb.server_app.SIMULATION_SECONDS", -1.0)
-    monkeypatch.setattr(InProcessGrid, "__name__", "InMemoryGrid")  # Flower's for simulations
-    with pytest.raises(RuntimeError, match='2 nodes, .* 3 .*"num-supernodes=3 '):
-        run_in_process(tmp_path, nodes=2)
+    grid = type("InMemoryGrid", (InProcessGrid,), {})(client_app, 2)  # Flower's name
+    context = Context(7, 1, {}, RecordDict(), {"overrides": "", "output": str(tmp_path)})
+    with pytest.raises(RuntimeError, match=r'2 nodes, .* 3 .*"num-supernodes=3 '):
+        server_app(grid, context)
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_at_start(tmp_path: Path) -> None:
