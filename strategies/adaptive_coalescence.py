@@ -139,9 +139,10 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         """Log summary configuration of the strategy."""
         super().summary()
         stage = self.stage or Stage()
+        iterations = stage.training.iterations if self.iterations is None else self.iterations
         log(INFO, "\t└──> Barycenter:")
         log(INFO, "\t\t├── Geodesic: '%s'", self.geodesic or stage.geodesic)
-        log(INFO, "\t\t├── Iterations a stage: %d", self.iterations or stage.training.iterations)
+        log(INFO, "\t\t├── Iterations a stage: %d", iterations)
         log(INFO, "\t\t└── Stages kept in: %s", self.store.folder or "memory")
 
     def configure_train(
@@ -161,9 +162,9 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Merge the uploads; None for the arrays (the model stays) if there is nothing new."""
+        """Merge the uploads; the arrays are None (the model stays) if none is valid."""
         received = self._received(replies, is_train=True)
-        kept = []
+        kept, before = [], dict(self._uploads)
         for node_id, content in received:
             try:
                 upload = self._read(server_round, content)
@@ -176,13 +177,17 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             kept.append((node_id, content))
         alike = self._alike(kept, "aggregate_train")
         metrics = self.train_metrics_aggr_fn(alike, self.weighted_by_key) if alike else None
+        if kept:
+            arrays = self._merge()
+        else:
+            log(WARNING, "no valid upload in round %d: the model stays", server_round)
+            arrays = None
+        if arrays is None:
+            self._uploads = before  # what the model is made of
         metrics = MetricRecord(dict(metrics or {}))
         metrics["uploads-merged"] = len(self._uploads)
         metrics["uploads-dropped"] = len(received) - len(kept)
-        if not kept:
-            log(WARNING, "no valid upload in round %d: the model stays", server_round)
-            return None, metrics
-        return self._merge(), metrics
+        return arrays, metrics
 
     def _begin(self, arrays: ArrayRecord) -> None:
         """Start from scratch, as `start` means it, once everything is seen to fit."""

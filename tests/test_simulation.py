@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
@@ -125,6 +126,30 @@ def test_fedavg_is_one_setting_away(tmp_path: Path) -> None:
     rounds = found["rounds"]
     assert rounds["1"]["train"]["critic-loss"] != rounds["2"]["train"]["critic-loss"]
     assert (tmp_path / "fedavg.safetensors").is_file()
+
+
+def test_convolutions_with_batch_normalisation_make_the_whole_journey(tmp_path: Path) -> None:
+    # Prepare: two classes of 28x28 images as IDX files
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 24).astype(np.uint8)
+    images = (rng.integers(0, 100, (48, 28, 28)) + 100 * labels[:, None, None]).astype(np.uint8)
+    for name, kind, array in (("images-idx3", 3, images), ("labels-idx1", 1, labels)):
+        header = np.array([0x0800 + kind, *array.shape], ">i4").tobytes()
+        (tmp_path / f"train-{name}-ubyte").write_bytes(header + array.tobytes())
+    overrides = (
+        "data=mnist",
+        f"data.root={tmp_path}",
+        "data.sources=[[0],[1]]",
+        "data.targets=[[0,1]]",
+        "network.width=8",
+    )
+
+    # Execute
+    run_in_process(tmp_path / "run", *overrides)
+
+    # Assert
+    found = check_results(tmp_path / "run", *overrides)
+    assert found["rounds"]["1"]["train"]["uploads-merged"] == 2
 
 
 def test_the_same_seed_gives_the_same_figures(tmp_path: Path) -> None:
