@@ -7,10 +7,12 @@ Hydra's run directory. Settings, data and networks are checked before anything s
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import hydra
 import torch
@@ -25,8 +27,11 @@ from fl_wb.launcher import RunFailed, launch
 from fl_wb.networks import make_critic, make_generator
 from fl_wb.overrides import parse
 from fl_wb.readers import DataError
+from fl_wb.tracking import summary_table
 
-_failures: list[str] = []  # of the runs of one command; a sweep goes on without them
+# What the runs of one command came to (Hydra's own return values end with the first failure).
+_outputs: list[tuple[list[str], Path]] = []
+_failures: list[str] = []
 
 
 def main() -> None:
@@ -41,6 +46,8 @@ def main() -> None:
         _job()
     except KeyboardInterrupt:
         sys.exit(130)  # as a shell reports Ctrl-C
+    if arguments.multirun and _outputs:
+        print(report(_outputs))
     if _failures:
         sys.exit("\n".join(f"fl-wb: {failure}" for failure in _failures))
 
@@ -64,6 +71,7 @@ def _job(_: DictConfig) -> None:
             log=output / "superlink.log",
             gpus=1 / nodes if config.device.startswith("cuda") else 0.0,
         )
+        _outputs.append((list(job.overrides.task), output))
     except (RunFailed, OSError) as error:
         _failures.append(f"{output}: {error}")
         if job.mode is RunMode.MULTIRUN:
@@ -92,6 +100,33 @@ def runs(overrides: Sequence[str], *, sweep: bool) -> Iterator[list[str]]:
         else:
             choices.append([str(override.input_line)])
     yield from map(list, itertools.product(*choices))
+
+
+def report(outputs: Sequence[tuple[Sequence[str], Path]]) -> str:
+    """Return the table of a sweep: each setting's figures, as means over its seeds.
+
+    Parameters
+    ----------
+    outputs : sequence of (overrides, folder)
+        The runs that completed.
+    """
+    rows: dict[str, list[Mapping[str, float | None]]] = {}
+    for overrides, folder in outputs:
+        setting = " ".join(text for text in overrides if not text.startswith("seed="))
+        file = folder / "metrics.json"
+        if not file.exists():  # a full disk; the run has said so
+            continue
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        for step, figures in metrics["final"].items():
+            rows.setdefault(f"{setting} {step}".strip(), []).append(figures)
+    means = {}
+    for title, runs_ in rows.items():
+        found = {
+            name: [value for figures in runs_ if (value := figures.get(name)) is not None]
+            for name in runs_[0]
+        }
+        means[title] = {name: fmean(values) for name, values in found.items() if values}
+    return f"Means of {len(outputs)} runs, by setting:\n{summary_table(means)}"
 
 
 def check(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -70,6 +71,9 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
         launches.append({"run_config": run_config, **settings})
         if "seed=13" in run_config["overrides"]:
             raise RunFailed("unlucky")
+        final = {"barycenter": {"energy": from_run_config(run_config).seed, "kid": None}}
+        metrics = json.dumps({"final": final})
+        (Path(run_config["output"]) / "metrics.json").write_text(metrics, encoding="utf-8")
 
     def run(*arguments: str) -> list[dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["fl-wb", *arguments])
@@ -79,6 +83,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "launch", record)
     monkeypatch.setattr(cli, "_failures", [])
+    monkeypatch.setattr(cli, "_outputs", [])
     run.launches = launches  # type: ignore[attr-defined]
     return run
 
@@ -121,6 +126,16 @@ def test_a_sweep_goes_on_after_a_failed_run_and_fails(
     assert [run["overrides"] for run in launched] == ["seed=12", "seed=13", "seed=14"]
     assert len({run["output"] for run in launched}) == 3
     assert "going on with the sweep" in capsys.readouterr().err
+
+
+def test_a_sweep_ends_with_the_means_over_seeds(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("-m", "strategy=fedavg,paper", "seed=1,2")
+
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["strategy=fedavg", "barycenter", "1.500"] in lines
+    assert ["strategy=paper", "barycenter", "1.500"] in lines
 
 
 @pytest.mark.parametrize(
