@@ -1,0 +1,143 @@
+"""Generators and critics: shapes, errors, and how samples are drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fl_wb.networks import (
+    CRITICS,
+    GENERATORS,
+    generate,
+    latent_dim_of,
+    make_critic,
+    make_generator,
+    sampling,
+)
+from tests.points import Gaussian, same
+
+SHAPES = {
+    "mlp": [(1, 8, 8), (3, 5, 7), (2,)],
+    "conv": [(1, 28, 28), (3, 32, 32), (1, 8, 8)],
+    "dcgan": [(1, 32, 32), (3, 16, 24)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name in GENERATORS for shape in SHAPES[name]]
+)
+def test_generators_make_samples_of_their_shape(name: str, shape: tuple[int, ...]):
+    generator = make_generator(name, shape, latent_dim=6, width=4)
+
+    samples = generator(torch.randn(5, 6))
+
+    assert samples.shape == (5, *shape)
+    assert samples.abs().max() <= 1
+    samples.sum().backward()
+    assert all(p.grad is not None for p in generator.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name in CRITICS for shape in SHAPES[name]]
+)
+def test_critics_score_each_sample_alone(name: str, shape: tuple[int, ...]):
+    critic = make_critic(name, shape, width=4)
+    samples = torch.randn(5, *shape)
+
+    scores = critic(samples)
+
+    assert scores.shape == (5,)
+    # the gradient penalty is each sample's own: a critic that mixes a batch would break it
+    torch.testing.assert_close(critic(samples[2:3]), scores[2:3])
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_width_sets_the_size(name: str):
+    def size(width: int | None) -> int:
+        network = make_generator(name, (1, 8, 8), width=width)
+        return sum(p.numel() for p in network.parameters())
+
+    assert size(4) < size(8) < size(None)
+
+
+def test_the_compact_generator_has_sixty_thousand_parameters():
+    network = make_generator("conv", (1, 28, 28), latent_dim=32)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(60_000, rel=0.02)
+
+
+@pytest.mark.parametrize("make", [make_generator, make_critic])
+def test_an_unknown_name_is_answered_with_the_names(make):
+    with pytest.raises(ValueError, match=r"'resnet': choose one of mlp.*dcgan"):
+        make("resnet", (1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "multiple"),
+    [("conv", (1, 30, 28), 4), ("conv", (2,), 4), ("dcgan", (1, 28, 28), 8)],
+)
+def test_images_that_a_network_cannot_make_are_refused(name, shape, multiple):
+    with pytest.raises(ValueError, match=f"multiples of {multiple}"):
+        make_generator(name, shape)
+
+
+def test_the_latent_dimension_is_the_argument_or_the_attribute():
+    assert latent_dim_of(make_generator("mlp", (2,), latent_dim=7)) == 7
+    assert latent_dim_of(nn.Linear(3, 2), 3) == 3
+
+
+@pytest.mark.parametrize("attribute", [None, 0, 2.0, "8"])
+def test_an_unknown_latent_dimension_is_asked_for(attribute: object):
+    generator = nn.Linear(3, 2)
+    generator.latent_dim = attribute
+    with pytest.raises(ValueError, match=r"Linear is unknown.*latent_dim="):
+        latent_dim_of(generator)
+
+
+def test_generate_depends_on_the_seed_alone():
+    generator = Gaussian((1.0, -1.0))
+    before = torch.get_rng_state()
+
+    samples = generate(generator, 50, seed=3)
+
+    assert torch.get_rng_state().equal(before)
+    assert generate(generator, 50, seed=3).equal(samples)
+    assert not generate(generator, 50, seed=4).equal(samples)
+    torch.testing.assert_close(generate(generator, 50, seed=3, batch_size=7), samples)
+
+
+def test_generate_draws_standard_normal_latents():
+    identity = nn.Identity()
+    samples = generate(identity, 20_000, latent_dim=2)
+    torch.testing.assert_close(samples.mean(0), torch.zeros(2), atol=0.03, rtol=0)
+    torch.testing.assert_close(samples.T.cov(), torch.eye(2), atol=0.05, rtol=0)
+
+
+def test_generate_leaves_the_generator_as_it_was():
+    generator = make_generator("conv", (1, 8, 8), latent_dim=4, width=4)
+    generator.train()
+    before = {name: value.clone() for name, value in generator.state_dict().items()}
+
+    samples = generate(generator, 10)
+
+    assert generator.training and not samples.requires_grad
+    assert all(torch.equal(value, before[name]) for name, value in generator.state_dict().items())
+    generator.eval()
+    assert generate(generator, 10).equal(samples)  # the batch's own statistics played no part
+    assert not generator.training
+
+
+def test_sampling_restores_the_mode_after_an_error():
+    generator = Gaussian((0.0, 0.0)).train()
+    with pytest.raises(RuntimeError), sampling(generator):
+        generator(torch.zeros(1, 99))
+    assert generator.training and torch.is_grad_enabled()
+
+
+def test_a_state_dict_moves_between_equal_networks():
+    one = make_generator("mlp", (1, 4, 4), width=8)
+    other = make_generator("mlp", (1, 4, 4), width=8)
+    assert not same(one, other)
+    other.load_state_dict(one.state_dict())
+    z: Tensor = torch.randn(3, 32)
+    assert other(z).equal(one(z))
