@@ -111,14 +111,15 @@ def report(outputs: Sequence[tuple[Sequence[str], Path]]) -> str:
         The runs that completed.
     """
     rows: dict[str, list[Mapping[str, float | None]]] = {}
+    shared = set.intersection(*(set(overrides) for overrides, _ in outputs))
     for overrides, folder in outputs:
-        setting = " ".join(text for text in overrides if not text.startswith("seed="))
+        own = [text for text in overrides if text not in shared and not text.startswith("seed=")]
         file = folder / "metrics.json"
         if not file.exists():  # a full disk; the run has said so
             continue
         metrics = json.loads(file.read_text(encoding="utf-8"))
         for step, figures in metrics["final"].items():
-            rows.setdefault(f"{setting} {step}".strip(), []).append(figures)
+            rows.setdefault(" ".join([*own, step]), []).append(figures)
     means = {}
     for title, runs_ in rows.items():
         found = {

@@ -131,7 +131,7 @@ def test_a_sweep_goes_on_after_a_failed_run_and_fails(
 def test_a_sweep_ends_with_the_means_over_seeds(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command("-m", "strategy=fedavg,paper", "seed=1,2")
+    command("-m", "strategy=fedavg,paper", "rounds=2", "seed=1,2")
 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["strategy=fedavg", "barycenter", "1.500"] in lines
