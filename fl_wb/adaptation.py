@@ -111,7 +111,7 @@ def adapt(
     real, regularizer = resample(few), None
     if settings.method == "variation":
         bank = variation_bank(few, pool.to(few.device), seed=seed)
-        anchor = choose_anchor(pool, samples) if settings.anchor is None else settings.anchor
+        anchor = choose_anchor(pool, few.cpu()) if settings.anchor is None else settings.anchor
         real = _mixed(bank, few)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(

@@ -73,7 +73,9 @@ class TrainingState:
             slots: dict[int, dict[str, Tensor]] = {}
             for key, value in _below(flat, f"{name}/slot/").items():
                 index, slot = key.split("/")
-                slots.setdefault(int(index), {})[slot] = value
+                # cloned: the optimizer keeps and changes what it is given, and a checkpoint in
+                # memory is not a copy
+                slots.setdefault(int(index), {})[slot] = value.clone()
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.rng.set_state(flat["rng"])

@@ -88,7 +88,7 @@ class ClientConfig:
         Samples that a generator draws to be evaluated; None: as many as are held out.
     """
 
-    source: Training = field(default_factory=Training)
+    source: Training = field(default_factory=lambda: Training(generator_lr=5e-4))
     adaptation: Adaptation = field(default_factory=Adaptation)
     ternarization: Ternarization = field(default_factory=Ternarization)
     evaluation_samples: int | None = None

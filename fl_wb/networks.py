@@ -18,6 +18,9 @@ from torch import Tensor, nn
 class MLPGenerator(nn.Module):
     """Fully connected generator for small images and plain vectors.
 
+    Batch normalisation: on digits a source learns faster with it, and its scales, which stay in
+    full precision, make up for much of what ternary weights lose.
+
     Parameters
     ----------
     shape : sequence of int
@@ -31,16 +34,10 @@ class MLPGenerator(nn.Module):
     def __init__(self, shape: Sequence[int], latent_dim: int = 32, width: int = 256) -> None:
         super().__init__()
         self.shape, self.latent_dim = tuple(shape), latent_dim
-        self.net = nn.Sequential(
-            nn.Linear(latent_dim, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, math.prod(self.shape)),
-            nn.Tanh(),
-        )
+        layers: list[nn.Module] = []
+        for features in (latent_dim, width, width):
+            layers += [nn.Linear(features, width), nn.BatchNorm1d(width), nn.ReLU()]
+        self.net = nn.Sequential(*layers, nn.Linear(width, math.prod(self.shape)), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
         """Map latents (n, latent_dim) to samples (n, *shape) in [-1, 1]."""

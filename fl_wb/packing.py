@@ -35,6 +35,7 @@ VERSION = 1
 _PREFIX = struct.Struct("<8sII")
 _SHA = hashlib.sha256().digest_size
 _RAW: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -79,7 +80,7 @@ def pack(generator: nn.Module) -> bytes:
         else:
             kind = "float32" if tensor.is_floating_point() else "int64"
             entry["kind"] = kind
-            payload.append(values.numpy().astype(_RAW[kind]).tobytes())
+            payload.append(values.to(getattr(torch, kind)).numpy().astype(_RAW[kind]).tobytes())
         tensors.append(entry)
     if not any(entry["kind"] == "ternary" for entry in tensors):
         raise ValueError(f"no weight of this {type(generator).__name__} is ternary: ternarize it")
@@ -140,6 +141,8 @@ def read(data: bytes) -> dict[str, Array]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise PackedFileError(f"its header cannot be read: {error}") from None
     payload = body[_PREFIX.size + length :]
+    if len({entry["name"] for entry in entries}) != len(entries):
+        raise PackedFileError("its header names a tensor twice")
     if sum(_size(entry) for entry in entries) != len(payload):
         raise PackedFileError("its header does not agree with its size")
     arrays = {}
@@ -186,12 +189,16 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     shape = entry["shape"]
     if not (isinstance(entry["name"], str) and isinstance(shape, list)):
         raise ValueError("a tensor needs a name and a shape")
-    if len(shape) > 32 or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
+    if (
+        len(shape) > 32
+        or not all(type(n) is int and n >= 0 for n in shape)
+        or math.prod(max(n, 1) for n in shape) >= 2**40  # too big for numpy even beside a 0
+    ):
         raise ValueError(f"shape {shape}")
     if entry["kind"] not in ("ternary", *_RAW):
         raise ValueError(f"kind {entry['kind']!r}")
     if entry["kind"] == "ternary" and not (
-        isinstance(entry["alpha"], float) and math.isfinite(entry["alpha"])
+        isinstance(entry["alpha"], float) and 0 <= entry["alpha"] <= _LARGEST
     ):
         raise ValueError(f"alpha {entry['alpha']!r}")
     return entry

@@ -83,7 +83,7 @@ def mixture_map(previous: Map, new: Map, t: float) -> Map:
         Latents (n, latent_dim) to samples (n, ...).
     """
 
-    def generator(z: Tensor) -> Tensor:
+    def mixture(z: Tensor) -> Tensor:
         u = torch.special.ndtr(z[:, 0].double())
         first = u < 1 - t
         inner = torch.where(first, u / (1 - t), (u - (1 - t)) / t)
@@ -91,12 +91,14 @@ def mixture_map(previous: Map, new: Map, t: float) -> Map:
         # Phi rounds to 0 or 1 in the far tails, where its inverse is infinite
         z[:, 0] = torch.special.ndtri(inner.clamp(1e-9, 1 - 1e-9)).to(z.dtype)
         here, there = first.nonzero().squeeze(1), (~first).nonzero().squeeze(1)
-        unordered = torch.cat([previous(z[here]), new(z[there])])
+        # few networks expect an empty batch, which a small t soon brings
+        parts = ((previous, z[here]), (new, z[there]))
+        unordered = torch.cat([generator(part) for generator, part in parts if len(part)])
         samples = torch.empty_like(unordered)
         samples[torch.cat([here, there])] = unordered
         return samples
 
-    return generator
+    return mixture
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -61,14 +62,17 @@ class StageStore:
         """Forget an entry."""
         self._memory.pop(key, None)
         if self.folder is not None:
-            self._path(key).unlink(missing_ok=True)
+            # a folder that cannot be written to also holds nothing that matters
+            with suppress(OSError):
+                self._path(key).unlink(missing_ok=True)
 
     def set_aside(self, key: str, reason: str) -> None:
         """Keep an entry that cannot be used out of the way, for whoever wants to look."""
         self._memory.pop(key, None)
         if self.folder is not None:
             aside = self._path(key).with_suffix(".damaged")
-            self._path(key).replace(aside)
+            with suppress(OSError):  # what cannot be moved is overwritten, or stays unused
+                self._path(key).replace(aside)
             log.warning("%s; it was set aside as %s and is made anew", reason, aside.name)
 
     def keep_only(self, keys: Collection[str]) -> None:

@@ -118,7 +118,9 @@ def train_wgan(
     Parameters
     ----------
     generator : nn.Module
-        Where training starts; its device is where training runs.
+        Where training starts; its device is where training runs. In training mode it is a new
+        network; in eval mode, one that is already good: its normalisation keeps the statistics
+        that it has, so that it starts from what it generates when it is sampled.
     critics, reals
         Critic j tells samples of ``reals[j]`` from the generator's.
     training : Training
@@ -171,7 +173,7 @@ class _Loop:
             raise ValueError(f"{len(critics)} critics for {len(reals)} real measures")
         self.dim = latent_dim_of(generator, latent_dim)
         device = device_of(generator)
-        self.generator = deepcopy(generator).train().requires_grad_(True)
+        self.generator = deepcopy(generator).requires_grad_(True)
         self.critics = [deepcopy(c).to(device).train().requires_grad_(True) for c in critics]
         self.reals, self.training, self.regularizer = reals, training, regularizer
         self.rng = torch.Generator(device).manual_seed(seed)

@@ -1,0 +1,230 @@
+"""Quality of the merge, the adaptation and the ternarization, on real digits or IDX images.
+
+    python benchmarks/quality.py merge  [--seeds 0 1 2]
+    python benchmarks/quality.py adapt  [--seeds 0 1 2]
+    python benchmarks/quality.py options
+
+`merge`: barycenters of two sources by each geodesic and start, beside samples of the pool of the
+sources themselves. `adapt`: two targets with 10 samples a class, one of all classes (sources
+0-4, 5-9), one of classes that no source has (8-9; sources 0-3, 4-7): start, variation transfer,
+its ternary form, plain fine-tuning. Sources are trained with the shipped settings, by the seed.
+Seconds are of one core's time (`time.process_time`, one thread). Every figure is the mean of five
+draws of the generator, given as mean and standard deviation over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fl_wb import datasets
+from fl_wb.adaptation import adapt
+from fl_wb.barycenter import GEODESICS, STARTS, mixture_map, recursive_barycenter
+from fl_wb.config import Config, compose
+from fl_wb.metrics import compare, train_features
+from fl_wb.networks import generate, make_critic, make_generator
+from fl_wb.ternary import pack, ternarize
+from fl_wb.wgan import resample, train_wgan
+
+COLUMNS = ("w1", "frechet", "kid", "energy", "density", "coverage", "memorization")
+OVERLAPPING = "data.sources=[[0,1,2,3,4],[5,6,7,8,9]] data.targets=[[0,1,2,3,4,5,6,7,8,9]]"
+NON_OVERLAPPING = "data.sources=[[0,1,2,3],[4,5,6,7]] data.targets=[[8,9]]"
+DRAWS = 5
+
+
+class Bench:
+    """One configuration and seed: its data, networks, sources and yardstick."""
+
+    def __init__(self, overrides: str, seed: int) -> None:
+        self.config: Config = compose(f"{overrides} seed={seed} data.seed={seed}")
+        data, network = self.config.data, self.config.network
+        self.everything, held_out = datasets.load(data)
+        self.held_out = datasets.held_out(data, data.targets[0]).images
+        self.few = datasets.target_samples(data, 0).images
+        self.features = train_features(self.everything.images, self.everything.labels)
+        shape = tuple(held_out.images.shape[1:])
+        self.make_generator = lambda: make_generator(
+            network.generator, shape, latent_dim=network.latent_dim, width=network.width
+        )
+        self.make_critic = lambda: make_critic(network.critic, shape)
+        self.seed = seed
+
+    def sources(self) -> list[nn.Module]:
+        """Train every source's generator with the shipped settings."""
+        trained = []
+        for k in range(len(self.config.data.sources)):
+            torch.manual_seed(1000 * self.seed + k)
+            samples = datasets.source_samples(self.config.data, k).images
+            trained.append(
+                train_wgan(
+                    self.make_generator(),
+                    [self.make_critic()],
+                    [resample(samples)],
+                    self.config.client.source,
+                    seed=1000 * self.seed + k,
+                ).generator
+            )
+        return trained
+
+    def row(self, draw: Callable[[int, int], Tensor]) -> dict[str, float]:
+        """Metrics of samples that draw(n, seed) makes, averaged over draws."""
+        size = len(self.held_out)
+        rows = [
+            compare(draw(size, s), self.held_out, few=self.few, features=self.features)
+            for s in range(DRAWS)
+        ]
+        return {key: statistics.fmean(row[key] for row in rows) for key in COLUMNS}
+
+    def of(self, generator: nn.Module) -> dict[str, float]:
+        """Metrics of a generator."""
+        return self.row(lambda n, seed: generate(generator, n, seed=seed))
+
+
+Table = dict[str, list[dict[str, float]]]
+
+
+def timed(work: Callable[[], nn.Module]) -> tuple[nn.Module, float]:
+    """Return what `work` made, and its core seconds."""
+    began = time.process_time()
+    made = work()
+    return made, time.process_time() - began
+
+
+def merge(seed: int, table: Table, overrides: str) -> None:
+    """Each geodesic and start, the paper's own recipe, and the exact pool."""
+    bench = Bench(f"{OVERLAPPING} {overrides}", seed)
+    sources, began = None, time.process_time()
+    sources = bench.sources()
+    seconds = (time.process_time() - began) / len(sources)
+    exact = mixture_map(sources[0], sources[1], 0.5)
+
+    def pool(n: int, draw: int) -> Tensor:
+        rng = torch.Generator().manual_seed(draw)
+        with torch.no_grad():
+            return exact(torch.randn(n, bench.config.network.latent_dim, generator=rng))
+
+    real = bench.everything.images
+    table["real training images"].append(
+        bench.row(lambda n, s: real[torch.randperm(len(real), generator=_rng(s))[:n]])
+    )
+    table["the pool of the sources"].append(bench.row(pool) | {"seconds": seconds})
+    stage = bench.config.strategy.stage
+    paper = compose("strategy=paper").strategy.stage
+    recipes = {
+        f"{geodesic}, {start} start": replace(stage, geodesic=geodesic, start=start)
+        for geodesic in GEODESICS
+        for start in STARTS
+    }
+    recipes["the paper's recipe"] = replace(
+        paper, training=replace(stage.training, iterations=paper.training.iterations, warmup=0)
+    )
+    recipes["distilled start alone"] = replace(
+        stage, training=replace(stage.training, iterations=0, warmup=0)
+    )
+    for name, settings in recipes.items():
+        merged, seconds = timed(
+            lambda settings=settings: recursive_barycenter(  # type: ignore[misc]
+                sources, critic=bench.make_critic, stage=settings, seed=seed
+            )
+        )
+        table[name].append(bench.of(merged) | {"seconds": seconds})
+
+
+def adaptation(seed: int, table: Table, overrides: str) -> None:
+    """Start, adapted, ternary and plain, for a target of known and one of new classes."""
+    for name, classes in (("all", OVERLAPPING), ("new", NON_OVERLAPPING)):
+        bench = Bench(f"{classes} {overrides}", seed)
+        few = bench.few
+        start = recursive_barycenter(
+            bench.sources(),
+            critic=bench.make_critic,
+            stage=bench.config.strategy.stage,
+            seed=seed,
+        )
+        table[f"{name}: the few samples, resampled"].append(
+            bench.row(lambda n, s, few=few: resample(few)(n, _rng(s)))  # type: ignore[misc]
+        )
+        table[f"{name}: start (barycenter)"].append(bench.of(start))
+        client = bench.config.client
+        adapted, seconds = timed(
+            lambda start=start, bench=bench: adapt(  # type: ignore[misc]
+                start,
+                bench.few,
+                critic=bench.make_critic,
+                settings=bench.config.client.adaptation,
+                seed=seed,
+            )
+        )
+        table[f"{name}: adapted"].append(bench.of(adapted) | {"seconds": seconds})
+        for label, settings in (
+            ("ternary", client.ternarization),
+            ("ternary, fixed thresholds", replace(client.ternarization, threshold_lr=0.0)),
+            ("rounded, not trained", replace(client.ternarization, iterations=0)),
+        ):
+            ternary, seconds = timed(
+                lambda adapted=adapted, settings=settings: ternarize(  # type: ignore[misc]
+                    adapted, settings=settings, seed=seed
+                )
+            )
+            table[f"{name}: {label}"].append(bench.of(ternary) | {"seconds": seconds})
+        plain = compose("client=paper").client.adaptation
+        plain = replace(plain, training=replace(client.adaptation.training, iterations=800))
+        tuned, seconds = timed(
+            lambda start=start, bench=bench, plain=plain: adapt(  # type: ignore[misc]
+                start, bench.few, critic=bench.make_critic, settings=plain, seed=seed
+            )
+        )
+        table[f"{name}: plain fine-tuning, 800 iterations"].append(
+            bench.of(tuned) | {"seconds": seconds}
+        )
+        size = sum(v.numel() * v.element_size() for v in adapted.state_dict().values())
+        print(f"# seed {seed}, {name}: {size} bytes become {len(pack(ternary))}", flush=True)
+
+
+def markdown(table: Table) -> str:
+    """Rows of mean ± standard deviation over the seeds."""
+    columns = (*COLUMNS, "seconds")
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, rows in table.items():
+        cells = [_cell([row[c] for row in rows if c in row]) for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    values = [v for v in values if not math.isnan(v)]
+    if not values:
+        return ""
+    spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def _rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def main() -> None:
+    """Run one benchmark and print its table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("what", choices=("merge", "adapt"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("overrides", nargs="*", help="as for fl-wb, e.g. data=mnist data.root=DIR")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    table: Table = defaultdict(list)
+    work = {"merge": merge, "adapt": adaptation}[arguments.what]
+    for seed in arguments.seeds:
+        work(seed, table, " ".join(arguments.overrides))
+        print(f"# after seed {seed}\n{markdown(table)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
