@@ -19,7 +19,6 @@ from fl_wb.networks import device_of, latent_dim_of
 from fl_wb.transport import energy_distance
 from fl_wb.wgan import Progress
 
-
 ENERGY = 1.25
 """Weight of the energy distance beside the distance latent by latent."""
 
