@@ -1,0 +1,144 @@
+"""Distillation: a student learns a known map of the latent, resumably."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fl_wb import store
+from fl_wb.distillation import ENERGY, Distillation, distill
+from fl_wb.networks import generate, make_generator
+from fl_wb.store import StageStore
+from tests.points import Gaussian, Killed, kill_at, same
+
+SHORT = Distillation(iterations=6, batch_size=8)
+
+
+def conv() -> nn.Module:
+    torch.manual_seed(0)
+    return make_generator("conv", (1, 8, 8), latent_dim=4, width=4).train()
+
+
+def ramp(z: Tensor) -> Tensor:
+    """Images whose brightness is the first latent."""
+    return z[:, :1].tanh().reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+
+def test_a_student_learns_the_map():
+    student, losses = Gaussian((0.0, 0.0)), []
+
+    def teacher(z: Tensor) -> Tensor:
+        return 2 * z[:, :2].flip(1) + torch.tensor([1.0, -3.0])
+
+    distill(
+        student,
+        teacher,
+        Distillation(iterations=300, batch_size=64, lr=1e-2),
+        callback=lambda done, total, loss: losses.append((done, total, loss["distillation"])),
+    )
+
+    z = torch.randn(400, 4, generator=torch.Generator().manual_seed(1))
+    assert (student(z) - teacher(z)).norm(dim=1).mean() < 0.1
+    assert [loss[:2] for loss in losses] == [(done, 300) for done in range(1, 301)]
+    assert losses[-1][2] < losses[0][2] / 20
+
+
+def test_the_loss_of_two_points():
+    student, losses = Gaussian((0.0, 0.0), std=0.0), []
+    distill(
+        student,
+        lambda z: torch.tensor([[3.0, 4.0]]).expand(len(z), 2),
+        Distillation(iterations=1),
+        callback=lambda done, total, loss: losses.append(loss["distillation"]),
+    )
+    assert losses == [pytest.approx(7 / math.sqrt(2) + ENERGY * 2 * 5)]
+
+
+def test_two_modes_are_both_reached_where_the_map_cannot_be_followed():
+    # A linear student of a teacher that jumps: it cannot follow, but covers both sides.
+    student = nn.Linear(4, 1)
+
+    def teacher(z: Tensor) -> Tensor:
+        return z[:, 3:].sign()
+
+    distill(student, teacher, Distillation(iterations=300, lr=1e-2), latent_dim=4)
+
+    samples = generate(student, 1000, latent_dim=4)
+    assert 0.45 < (samples > 0).float().mean() < 0.55
+    assert samples.std() > 0.8  # the median at each latent alone would shrink it to 0.76
+
+
+def test_the_same_seed_gives_the_same_student():
+    students = [Gaussian((0.0, 0.0)) for _ in range(3)]
+    rng = torch.get_rng_state()
+    for student, seed in zip(students, (1, 1, 2), strict=True):
+        distill(student, Gaussian((2.0, 2.0)), SHORT, seed=seed)
+    assert torch.get_rng_state().equal(rng)
+    assert same(students[0], students[1]) and not same(students[0], students[2])
+
+
+@pytest.mark.parametrize("killed_at", [1, 4, 6])
+def test_a_resumed_distillation_ends_like_an_unbroken_one(monkeypatch, killed_at: int):
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    checkpoint = StageStore().checkpoint("key")
+    unbroken, resumed = conv(), conv()
+    distill(unbroken, ramp, SHORT)
+    iterations = []
+
+    with pytest.raises(Killed):
+        distill(conv(), ramp, SHORT, checkpoint=checkpoint, callback=kill_at(killed_at))
+    distill(
+        resumed,
+        ramp,
+        SHORT,
+        checkpoint=checkpoint,
+        callback=lambda done, *_: iterations.append(done),
+    )
+
+    assert iterations == list(range(killed_at + 1, SHORT.iterations + 1))
+    assert same(resumed, unbroken)
+
+
+def test_statistics_follow_in_training_mode_and_stay_in_eval_mode():
+    moving, still = conv(), conv().eval()
+    before = {name: value.clone() for name, value in still.named_buffers()}
+    for student in (moving, still):
+        distill(student, ramp, SHORT)
+    assert all(value.equal(before[name]) for name, value in still.named_buffers())
+    assert not any(value.equal(before[name]) for name, value in moving.named_buffers())
+
+
+def test_a_group_keeps_its_own_rate():
+    student = Gaussian((0.0, 0.0))
+    residual = [p.clone() for p in student.residual.parameters()]
+    groups = [
+        {"params": list(student.affine.parameters())},
+        {"params": list(student.residual.parameters()), "lr": 0.0},
+    ]
+
+    distill(student, Gaussian((1.0, 0.0)), SHORT, groups=groups)
+
+    assert all(p.equal(q) for p, q in zip(student.residual.parameters(), residual, strict=True))
+    assert generate(student, 100).mean(0)[0] > generate(Gaussian((0.0, 0.0)), 100).mean(0)[0]
+
+
+def test_a_group_stands_still_after_its_share():
+    student, biases = Gaussian((0.0, 0.0)), []
+    groups = [
+        {"params": [student.affine.weight]},
+        {"params": [student.affine.bias], "until": 0.5},
+    ]
+
+    distill(
+        student,
+        Gaussian((1.0, 0.0)),
+        SHORT,
+        groups=groups,
+        callback=lambda *_: biases.append(student.affine.bias.detach().clone()),
+    )
+
+    assert [not a.equal(b) for a, b in pairwise(biases)] == [True, True, False, False, False]
