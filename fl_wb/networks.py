@@ -36,7 +36,8 @@ class MLPGenerator(nn.Module):
         self.shape, self.latent_dim = tuple(shape), latent_dim
         layers: list[nn.Module] = []
         for features in (latent_dim, width, width):
-            layers += [nn.Linear(features, width), nn.BatchNorm1d(width), nn.ReLU()]
+            # no bias: the normalisation has one
+            layers += [nn.Linear(features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
         self.net = nn.Sequential(*layers, nn.Linear(width, math.prod(self.shape)), nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
@@ -58,11 +59,11 @@ class ConvGenerator(nn.Module):
         self.latent_dim = latent_dim
         coarse = (width, height // 4, breadth // 4)
         self.net = nn.Sequential(
-            nn.Linear(latent_dim, math.prod(coarse)),
+            nn.Linear(latent_dim, math.prod(coarse), bias=False),
             nn.Unflatten(1, coarse),
             nn.BatchNorm2d(width),
             nn.ReLU(),
-            nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1),
+            nn.ConvTranspose2d(width, width // 2, 4, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(width // 2),
             nn.ReLU(),
             nn.ConvTranspose2d(width // 2, channels, 4, stride=2, padding=1),
@@ -84,7 +85,7 @@ class DCGANGenerator(nn.Module):
         self.latent_dim = latent_dim
         coarse = (4 * width, height // 8, breadth // 8)
         layers: list[nn.Module] = [
-            nn.Linear(latent_dim, math.prod(coarse)),
+            nn.Linear(latent_dim, math.prod(coarse), bias=False),
             nn.Unflatten(1, coarse),
             nn.BatchNorm2d(coarse[0]),
             nn.ReLU(),

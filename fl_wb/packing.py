@@ -73,7 +73,7 @@ def pack(generator: nn.Module) -> bytes:
     for name, tensor in generator.state_dict().items():
         entry: dict[str, Any] = {"name": name, "shape": list(tensor.shape)}
         values = tensor.detach().cpu().reshape(-1)
-        alpha = _alpha_of(values) if tensor.dim() > 1 else None
+        alpha = _alpha_of(values)
         if alpha is not None:
             entry |= {"kind": "ternary", "alpha": alpha}
             payload.append(_to_bits(values))
@@ -82,7 +82,7 @@ def pack(generator: nn.Module) -> bytes:
             entry["kind"] = kind
             payload.append(values.to(getattr(torch, kind)).numpy().astype(_RAW[kind]).tobytes())
         tensors.append(entry)
-    if not any(entry["kind"] == "ternary" for entry in tensors):
+    if not any(e["kind"] == "ternary" and len(e["shape"]) > 1 for e in tensors):
         raise ValueError(f"no weight of this {type(generator).__name__} is ternary: ternarize it")
     header = json.dumps({"network": type(generator).__name__, "tensors": tensors}).encode()
     body = _PREFIX.pack(MAGIC, VERSION, len(header)) + header + b"".join(payload)

@@ -196,4 +196,19 @@ def ternarize(
     )
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    for module in student.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            _fold_statistics(module)
     return student.to(home).eval()
+
+
+@torch.no_grad()
+def _fold_statistics(norm: nn.modules.batchnorm._BatchNorm) -> None:
+    """Write a normalisation's statistics into its scale and shift: half the bytes to pack."""
+    if not norm.affine or norm.running_mean is None or norm.running_var is None:
+        return
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    norm.bias.sub_(norm.running_mean * scale)
+    norm.weight.copy_(scale)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
