@@ -60,6 +60,7 @@ def test_the_loss_of_two_points():
 
 def test_two_modes_are_both_reached_where_the_map_cannot_be_followed():
     # A linear student of a teacher that jumps: it cannot follow, but covers both sides.
+    torch.manual_seed(0)
     student = nn.Linear(4, 1)
 
     def teacher(z: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def test_two_modes_are_both_reached_where_the_map_cannot_be_followed():
 
     samples = generate(student, 1000, latent_dim=4)
     assert 0.45 < (samples > 0).float().mean() < 0.55
-    assert samples.std() > 0.8  # the median at each latent alone would shrink it to 0.76
+    assert samples.std() > 0.9  # without the energy term it shrinks to about 0.8
 
 
 def test_the_same_seed_gives_the_same_student():

@@ -1,0 +1,381 @@
+"""The recursive barycenter against optimal transport, closed forms and POT's linear programme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import ot
+import pytest
+import torch
+from scipy.stats import kstest
+from torch import Tensor, nn
+
+from fl_wb.barycenter import (
+    GEODESICS,
+    Stage,
+    mixture_map,
+    optimality_gap,
+    recursive_barycenter,
+)
+from fl_wb.distillation import Distillation
+from fl_wb.networks import generate
+from fl_wb.transport import displacement, wasserstein1
+from fl_wb.wgan import Training
+from tests.points import Gaussian, critic, same
+
+# A higher rate and fewer iterations than the defaults: enough for points in the plane.
+QUICK = Stage(
+    distillation=Distillation(iterations=500, batch_size=64, lr=1e-2),
+    training=Training(iterations=20, warmup=20),
+)
+TINY = Stage(
+    distillation=Distillation(iterations=3, batch_size=8),
+    training=Training(iterations=2, batch_size=8, critic_steps=1, warmup=1),
+)
+LEFT, RIGHT = (-2.0, 0.0), (2.0, 0.0)
+TRIANGLE = ((0.0, 0.0), (4.0, 0.0), (2.0, math.sqrt(12)))
+SQUARE = ((-2.0, -2.0), (2.0, -2.0), (2.0, 2.0), (-2.0, 2.0))
+
+
+def merged(
+    means: Sequence[Sequence[float]],
+    weights: Sequence[float] | None = None,
+    *,
+    geodesic: str = "mixture",
+    stage: Stage = QUICK,
+    seed: int = 0,
+) -> nn.Module:
+    sources = [Gaussian(mean) for mean in means]
+    return recursive_barycenter(
+        sources, weights, geodesic=geodesic, stage=stage, critic=critic, seed=seed
+    )
+
+
+def shares(samples: Tensor, centres: Sequence[Sequence[float]]) -> Tensor:
+    nearest = torch.cdist(samples, torch.tensor(centres)).argmin(1)
+    return nearest.bincount(minlength=len(centres)) / len(samples)
+
+
+@lru_cache
+def two_sources() -> tuple[Tensor, Tensor, float]:
+    """Draw samples of the two Gaussians, and take their distance."""
+    left, right = generate(Gaussian(LEFT), 2000, seed=2), generate(Gaussian(RIGHT), 2000, seed=3)
+    return left, right, wasserstein1(left, right)
+
+
+@pytest.mark.parametrize("t", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("geodesic", GEODESICS)
+def test_a_stage_ends_on_its_geodesic(geodesic: str, t: float):
+    nu = merged([LEFT, RIGHT], [1 - t, t], geodesic=geodesic)
+
+    samples = generate(nu, 2000, seed=1)
+    left, right, apart = two_sources()
+    assert (wasserstein1(samples, left) + wasserstein1(samples, right)) / apart <= 1.05
+    if geodesic == "displacement":
+        mean = torch.tensor([4 * t - 2, 0.0])
+        torch.testing.assert_close(samples.mean(0), mean, atol=0.15, rtol=0)
+        torch.testing.assert_close(samples.std(0), torch.full((2,), 0.5), atol=0.15, rtol=0)
+    if geodesic == "mixture":
+        assert shares(samples, [LEFT, RIGHT])[1].item() == pytest.approx(t, abs=0.05)
+
+
+def test_the_papers_start_moves_from_the_previous_generator_towards_the_new_one():
+    stage = Stage(
+        start="previous",
+        fidelity=0.0,
+        training=Training(
+            iterations=60, batch_size=32, generator_lr=5e-3, critic_lr=1e-2, warmup=20
+        ),
+    )
+    near = merged([LEFT, RIGHT], [0.9, 0.1], geodesic="displacement", stage=stage)
+    far = merged([LEFT, RIGHT], [0.1, 0.9], geodesic="displacement", stage=stage)
+    here, there = (generate(nu, 1000)[:, 0].mean() for nu in (near, far))
+    # at t = 0.1 and 0.9 of the way from -2 to 2
+    assert here.item() == pytest.approx(-1.6, abs=0.4)
+    assert there.item() == pytest.approx(1.6, abs=0.4)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])
+def test_a_mixture_forgets_no_source(order: Sequence[int]):
+    weights = (0.4, 0.3, 0.2, 0.1)
+    stage = Stage(
+        distillation=Distillation(iterations=1000, lr=1e-2),
+        training=Training(iterations=20, warmup=20),
+    )
+
+    nu = merged([SQUARE[i] for i in order], [weights[i] for i in order], stage=stage)
+
+    found = shares(generate(nu, 4000, seed=1), SQUARE)
+    torch.testing.assert_close(found, torch.tensor(weights), atol=0.05, rtol=0)
+
+
+def test_displacement_reaches_the_linear_programmes_optimum_on_a_triangle():
+    sources = [Gaussian(corner) for corner in TRIANGLE]
+    n = 30
+    drawn = [generate(source, n, seed=k) for k, source in enumerate(sources)]
+
+    objectives = {}
+    for geodesic in ("displacement", "mixture"):
+        nu = merged(TRIANGLE, geodesic=geodesic)
+        objectives[geodesic], bound = optimality_gap(generate(nu, n, seed=9), drawn)
+
+    # POT's barycenter on a support that has room for the optimum: the samples themselves and a
+    # grid over the triangle's middle.
+    grid = torch.cartesian_prod(torch.linspace(0.5, 3.5, 7), torch.linspace(-0.5, 2.5, 7))
+    support = torch.cat([*drawn, grid]).double()
+    cost = torch.cdist(support, support).numpy()
+    measures = np.zeros((len(support), 3))
+    for k in range(3):
+        measures[n * k : n * (k + 1), k] = 1 / n
+    optimum = ot.lp.barycenter(measures, cost, weights=np.full(3, 1 / 3))
+    optimum = np.clip(optimum, 0, None) / np.clip(optimum, 0, None).sum()
+    least = sum(ot.emd2(optimum, measures[:, k].copy(), cost) for k in range(3)) / 3
+    assert bound <= least <= objectives["displacement"] + 0.05
+    assert objectives["displacement"] <= 1.05 * least
+    assert objectives["mixture"] > 1.05 * least
+
+
+def test_one_generator_is_its_own_barycenter():
+    source = Gaussian(LEFT).train()
+    nu = recursive_barycenter([source], critic=critic)
+    assert same(nu, source) and nu is not source and not nu.training
+
+
+def test_the_arguments_are_left_alone():
+    sources = [Gaussian(LEFT).train().requires_grad_(False), Gaussian(RIGHT).eval()]
+    torch.manual_seed(5)
+    rng = torch.get_rng_state()
+
+    nu = recursive_barycenter(sources, critic=critic, stage=TINY)
+
+    assert torch.get_rng_state().equal(rng)
+    assert same(sources[0], Gaussian(LEFT)) and same(sources[1], Gaussian(RIGHT))
+    assert sources[0].training and not sources[1].training
+    assert not any(p.requires_grad for p in sources[0].parameters())
+    assert all(p.requires_grad for p in nu.parameters()) and not nu.training
+
+
+@pytest.mark.parametrize("geodesic", GEODESICS)
+def test_the_seed_decides_everything(geodesic: str):
+    one = merged([LEFT, RIGHT], geodesic=geodesic, stage=TINY)
+    torch.manual_seed(77)
+    two = merged([LEFT, RIGHT], geodesic=geodesic, stage=TINY)
+    other = merged([LEFT, RIGHT], geodesic=geodesic, stage=TINY, seed=1)
+    assert same(one, two) and not same(one, other)
+
+
+def test_only_the_ratio_of_weights_matters():
+    assert same(
+        merged([LEFT, RIGHT], [1, 3], stage=TINY), merged([LEFT, RIGHT], [2, 6], stage=TINY)
+    )
+    assert same(merged([LEFT, RIGHT], None, stage=TINY), merged([LEFT, RIGHT], [5, 5], stage=TINY))
+    assert not same(
+        merged([LEFT, RIGHT], [1, 3], stage=TINY), merged([LEFT, RIGHT], [3, 1], stage=TINY)
+    )
+
+
+def test_short_arguments_stand_for_fields_of_the_stage():
+    sources = [Gaussian(LEFT), Gaussian(RIGHT)]
+    spelled = Stage(
+        geodesic="displacement",
+        start="previous",
+        distillation=TINY.distillation,
+        training=Training(iterations=4, batch_size=8, critic_steps=1, warmup=1),
+    )
+    short = recursive_barycenter(
+        sources,
+        critic=critic,
+        stage=TINY,
+        geodesic="displacement",
+        start="previous",
+        iterations=4,
+    )
+    assert same(short, recursive_barycenter(sources, critic=critic, stage=spelled))
+    assert TINY.geodesic == "mixture" and TINY.training.iterations == 2
+
+
+def test_progress_counts_all_stages_as_one():
+    told = []
+    recursive_barycenter(
+        [Gaussian(corner) for corner in TRIANGLE],
+        critic=critic,
+        stage=TINY,
+        callback=lambda done, total, losses: told.append((done, total, losses["stage"])),
+    )
+    assert [done for done, _, _ in told] == list(range(1, 11))
+    assert {total for _, total, _ in told} == {10}
+    assert [stage for _, _, stage in told] == [2.0] * 5 + [3.0] * 5
+
+
+def test_a_user_s_networks_work_unchanged():
+    class Plain(nn.Module):
+        """No attribute latent_dim, and no empty batches either."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.linear(z.view(z.size(0), -1)).view(-1, 1, 2, 2)
+
+    sources = [Plain(), Plain()]
+    nu = recursive_barycenter(sources, [0.999, 0.001], stage=TINY, latent_dim=3)
+    assert generate(nu, 5, latent_dim=3).shape == (5, 1, 2, 2)
+    with pytest.raises(ValueError, match="latent_dim"):
+        recursive_barycenter(sources, stage=TINY)
+
+
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [
+        ([1.0], "1 weights for 2 measures"),
+        ([1.0, 0.0], "positive and finite"),
+        ([1.0, -1.0], "positive and finite"),
+        ([1.0, math.nan], "positive and finite"),
+        ([math.inf, 1.0], "positive and finite"),
+    ],
+)
+def test_weights_out_of_range_are_refused(weights: list[float], text: str):
+    with pytest.raises(ValueError, match=text):
+        merged([LEFT, RIGHT], weights)
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="no generators"):
+        recursive_barycenter([])
+    with pytest.raises(ValueError, match=r"geodesic='line'.*two_critics, mixture, displacement"):
+        merged([LEFT, RIGHT], geodesic="line")
+    with pytest.raises(ValueError, match=r"start='cold'.*distilled, previous"):
+        Stage(start="cold")
+
+
+# mixture_map
+
+
+def identity(z: Tensor) -> Tensor:
+    return z
+
+
+def at(*point: float) -> nn.Module:
+    return Gaussian(point, std=0.25)
+
+
+def latents(n: int = 20_000) -> Tensor:
+    """Draw standard normal latents, the deciding first coordinate spread evenly."""
+    z = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
+    z[:, 0] = torch.special.ndtri((torch.arange(n) + 0.5) / n)
+    return z
+
+
+def off_normal(values: Tensor, mean: float = 0.0, std: float = 1.0) -> float:
+    """Return the Kolmogorov-Smirnov distance to N(mean, std^2)."""
+    return float(kstest(values.numpy(), "norm", (mean, std)).statistic)
+
+
+def test_the_latents_of_a_mixture_stay_standard_normal():
+    z = latents()
+    there = mixture_map(identity, identity, 0.3)(z)
+    assert off_normal(there[:, 0]) < 1e-3
+    torch.testing.assert_close(there.T.corrcoef(), torch.eye(4), atol=0.03, rtol=0)
+    assert there[:, 1:].equal(z[:, 1:])
+
+
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
+def test_the_push_forward_is_the_mixture(t: float):
+    with torch.no_grad():
+        samples = mixture_map(at(-2.0, 1.0), at(2.0, -1.0), t)(latents())
+    second = samples[:, 0] > 0
+    assert second.float().mean().item() == pytest.approx(t, abs=1e-3)
+    for mode, (x, y) in ((~second, (-2, 1)), (second, (2, -1))):
+        assert off_normal(samples[mode, 0], x, 0.25) < 2e-3
+        assert off_normal(samples[mode, 1], y, 0.25) < 0.04
+
+
+def test_mixtures_nest():
+    centres = [(-4.0, 0.0), (0.0, 0.0), (4.0, 0.0)]
+    first, second, third = (at(*centre) for centre in centres)
+    nested = mixture_map(mixture_map(first, second, 2 / 3), third, 0.4)
+    with torch.no_grad():
+        samples = nested(latents())
+    found = shares(samples, centres)
+    torch.testing.assert_close(found, torch.tensor([0.2, 0.4, 0.4]), atol=1e-3, rtol=0)
+    for x, _ in centres:
+        assert off_normal(samples[(samples[:, 0] - x).abs() < 2, 0], x, 0.25) < 2e-3
+
+
+@pytest.mark.parametrize("t", [1e-3, 0.5, 1 - 1e-3])
+def test_extreme_latents_make_finite_samples(t: float):
+    z = torch.tensor([[-40.0], [-9.0], [0.0], [9.0], [40.0]])
+    there = mixture_map(identity, identity, t)(z)
+    assert torch.isfinite(there).all() and there.abs().max() < 10
+    assert z[0, 0] == -40  # the argument is left alone
+
+
+# optimality_gap
+
+
+def point(*values: float) -> Tensor:
+    return torch.tensor([values])
+
+
+def test_the_bound_is_reached_by_every_point_of_a_geodesic_at_equal_weights():
+    left, right = torch.randn(40, 2) * 0.5, 4 + torch.randn(40, 2) * 0.5
+    translate = left + 5.0
+    for samples, sources in (
+        (torch.cat([left, left, left, right]), (left, right)),
+        (displacement(left, translate, 0.3), (left, translate)),
+        (left, (left, right)),
+    ):
+        objective, bound = optimality_gap(samples, sources)
+        assert objective == pytest.approx(wasserstein1(*sources) / 2, rel=1e-5)
+        assert objective == pytest.approx(bound, rel=1e-5)
+
+
+def test_at_unequal_weights_the_heavier_measure_is_optimal():
+    left, right = point(0.0, 0.0), point(3.0, 4.0)
+    objective, bound = optimality_gap(left, [left, right], [3.0, 1.0])
+    assert objective == pytest.approx(0.25 * 5)
+    assert bound == pytest.approx(objective)
+
+
+def test_three_points_of_a_triangle():
+    corners = [point(*corner) for corner in TRIANGLE]
+    side = 4.0
+    # stage by stage, on point masses: the middle of two corners, then a third of the way
+    middle = displacement(corners[0], corners[1], 1 / 2)
+    centroid = displacement(middle, corners[2], 1 / 3)
+
+    mixture, bound = optimality_gap(torch.cat(corners), corners)
+    optimum, _ = optimality_gap(centroid, corners)
+
+    assert mixture == pytest.approx(2 / 3 * side, rel=1e-6)
+    assert optimum == pytest.approx(side / math.sqrt(3), rel=1e-6)
+    assert mixture / optimum == pytest.approx(2 / math.sqrt(3), rel=1e-6)
+    assert bound == pytest.approx(side / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bound_is_below_every_objective(seed: int):
+    rng = torch.Generator().manual_seed(seed)
+    k = 2 + seed % 3
+    sources = [
+        3 * torch.randn(1, 2, generator=rng) + torch.randn(9, 2, generator=rng) for _ in range(k)
+    ]
+    weights = (torch.rand(k, generator=rng) + 0.05).tolist()
+    candidates = [*sources, torch.cat(sources), torch.stack(sources).mean(0)]
+    for candidate in candidates:
+        objective, bound = optimality_gap(candidate, sources, weights)
+        assert 0 < bound <= objective + 1e-9
+
+
+def test_weights_of_the_gap_are_normalised():
+    sources = [point(0.0), point(1.0), point(5.0)]
+    one = optimality_gap(point(2.0), sources, [1, 2, 3])
+    other = optimality_gap(point(2.0), sources, [10, 20, 30])
+    assert one == pytest.approx(other)
+    assert one[0] == pytest.approx((2 * 1 + 1 * 2 + 3 * 3) / 6)
+    with pytest.raises(ValueError, match="2 weights for 3 measures"):
+        optimality_gap(point(2.0), sources, [1, 2])

@@ -1,0 +1,304 @@
+"""The store of stages, and a barycenter that is killed and resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fl_wb import store
+from fl_wb.barycenter import Stage, StageStore, recursive_barycenter
+from fl_wb.distillation import Distillation
+from fl_wb.networks import MLPCritic, make_generator
+from fl_wb.storage import load_tensors, save_tensors
+from fl_wb.wgan import Progress, Training
+from tests.points import Killed, critic, kill_at, same
+
+STAGE = Stage(
+    distillation=Distillation(iterations=4, batch_size=8),
+    training=Training(iterations=3, batch_size=8, critic_steps=1, warmup=1),
+)
+PER_STAGE = 4 + 3
+STATE = {"a": torch.ones(2), "b": torch.tensor(3)}
+
+
+@pytest.fixture(autouse=True)
+def _checkpoint_every_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+
+
+def normalised() -> nn.Module:
+    """Make a generator with BatchNorm, whose statistics are state as well."""
+    return make_generator("mlp", (2,), latent_dim=4, width=8)
+
+
+def sources(k: int = 3, make: Callable[[], nn.Module] = normalised) -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [make() for _ in range(k)]
+
+
+def merge(
+    folder: Path | StageStore | None,
+    k: int = 3,
+    callback: Progress | None = None,
+    stage: Stage = STAGE,
+) -> nn.Module:
+    return recursive_barycenter(
+        sources(k), critic=critic, stage=stage, store=folder, callback=callback
+    )
+
+
+def count(folder: Path | StageStore | None, k: int = 3) -> tuple[nn.Module, int]:
+    """Merge, and count the iterations that it takes."""
+    told = []
+    nu = merge(folder, k, lambda done, total, losses: told.append(done))
+    return nu, len(told)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.suffix for path in folder.iterdir())
+
+
+# kill and resume
+
+
+@pytest.mark.parametrize("killed_at", range(1, 2 * PER_STAGE + 1))
+def test_a_killed_barycenter_resumes_as_if_nothing_had_happened(tmp_path: Path, killed_at: int):
+    unbroken = merge(None)
+
+    with pytest.raises(Killed):
+        merge(tmp_path, callback=kill_at(killed_at))
+    resumed, iterations = count(tmp_path)
+
+    assert same(resumed, unbroken)
+    assert iterations == 2 * PER_STAGE - killed_at
+    assert files(tmp_path) == [".safetensors"] * 2  # no checkpoint stays behind
+
+
+@pytest.mark.parametrize("geodesic", ["two_critics", "displacement"])
+def test_every_geodesic_resumes(tmp_path: Path, geodesic: str):
+    stage = Stage(geodesic, distillation=STAGE.distillation, training=STAGE.training)
+    for killed_at in (3, PER_STAGE - 1):
+        with pytest.raises(Killed):
+            merge(tmp_path, callback=kill_at(killed_at), stage=stage)
+    assert same(merge(tmp_path, stage=stage), merge(None, stage=stage))
+
+
+def test_a_barycenter_killed_again_and_again_ends_all_the_same(tmp_path: Path):
+    for _ in range(2 * PER_STAGE):
+        with pytest.raises(Killed):
+            merge(tmp_path, callback=kill_at(1))
+    resumed, iterations = count(tmp_path)
+    assert iterations == 0 and same(resumed, merge(None))
+
+
+def test_between_checkpoints_only_what_was_not_saved_is_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 1e9)
+    with pytest.raises(Killed):
+        merge(tmp_path, callback=kill_at(PER_STAGE + 2))
+    resumed, iterations = count(tmp_path)
+    assert iterations == PER_STAGE and same(resumed, merge(None))
+
+
+# finished stages
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_finished_stages_are_not_trained_again(tmp_path: Path, memory: bool):
+    kept = StageStore(None if memory else tmp_path)
+    first, trained = count(kept)
+    again, nothing = count(kept)
+    assert (trained, nothing) == (2 * PER_STAGE, 0)
+    assert same(first, again)
+
+
+def test_a_further_generator_costs_one_stage(tmp_path: Path):
+    count(tmp_path, 3)
+    extended, iterations = count(tmp_path, 4)
+    assert iterations == PER_STAGE
+    assert same(extended, merge(None, 4))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"weights": [1, 1, 2]},
+        {"seed": 1},
+        {"geodesic": "displacement"},
+        {"iterations": 4},
+        {"critic": lambda: MLPCritic((2,), width=32)},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_other_inputs_never_meet_an_old_result(tmp_path: Path, changed: dict[str, object]):
+    merge(tmp_path)
+    arguments = {"critic": critic, "stage": STAGE, **changed}
+    with_store = recursive_barycenter(sources(), store=tmp_path, **arguments)
+    assert same(with_store, recursive_barycenter(sources(), **arguments))
+    assert not same(with_store, merge(None))
+
+
+def test_the_result_is_not_the_store_s_own():
+    kept = StageStore()
+    nu = merge(kept)
+    with torch.no_grad():
+        for parameter in nu.parameters():
+            parameter.zero_()
+    assert same(merge(kept), merge(None))
+
+
+def test_a_store_holds_the_last_chain_and_no_more(tmp_path: Path):
+    merge(tmp_path, 4)
+    merge(tmp_path, 3)
+    assert files(tmp_path) == [".safetensors"] * 2
+    recursive_barycenter(sources()[::-1], critic=critic, stage=STAGE, store=tmp_path)
+    assert files(tmp_path) == [".safetensors"] * 2
+
+
+def test_a_stage_says_what_it_is(tmp_path: Path):
+    merge(tmp_path, 2)
+    (path,) = tmp_path.iterdir()
+    _, metadata = load_tensors(path)
+    assert metadata["t"] == "0.5" and metadata["geodesic"] == '"mixture"'
+
+
+# faults of the disk
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_damaged_file_is_set_aside_and_made_anew(tmp_path, caplog, damage, finished):
+    if finished:
+        merge(tmp_path, 2)
+    else:
+        with pytest.raises(Killed):
+            merge(tmp_path, 2, kill_at(2))
+    (path,) = tmp_path.iterdir()
+    data = path.read_bytes()
+    path.write_bytes(
+        {"truncated": data[: len(data) // 2], "altered": b"\xff" * 9 + data[9:], "empty": b""}[
+            damage
+        ]
+    )
+
+    nu, iterations = count(tmp_path, 2)
+
+    assert iterations == PER_STAGE and same(nu, merge(None, 2))
+    assert files(tmp_path) == [".damaged", ".safetensors"]
+    assert "set aside" in caplog.text
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_an_entry_of_other_networks_is_set_aside_and_made_anew(tmp_path, caplog, finished):
+    if finished:
+        merge(tmp_path, 2)
+    else:
+        with pytest.raises(Killed):
+            merge(tmp_path, 2, kill_at(2))
+    (path,) = tmp_path.iterdir()
+    save_tensors(path, {"net.weight": torch.zeros(7)})
+
+    nu, iterations = count(tmp_path, 2)
+
+    assert iterations == PER_STAGE and same(nu, merge(None, 2))
+    assert files(tmp_path) == [".damaged", ".safetensors"]
+    assert "set aside" in caplog.text
+
+
+def test_a_full_disk_costs_the_entries_and_not_the_run(tmp_path, monkeypatch, caplog):
+    def disk_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_tensors", disk_full)
+    nu = merge(tmp_path)
+    assert same(nu, merge(None))
+    assert "could not be saved" in caplog.text and "No space left" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_costs_the_entries_and_not_the_run(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    nu = merge(tmp_path / "file" / "store")
+    assert same(nu, merge(None))
+    assert "could not be saved" in caplog.text
+
+
+def test_a_folder_turned_read_only_costs_no_run(tmp_path, monkeypatch, caplog):
+    merge(tmp_path, 2)
+
+    def read_only(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("unlink", "replace"):
+        monkeypatch.setattr(Path, name, read_only)
+    monkeypatch.setattr(store, "save_tensors", read_only)
+    nu, iterations = count(tmp_path, 3)
+    assert iterations == PER_STAGE and same(nu, merge(None, 3))
+
+
+# the store itself
+
+
+@pytest.fixture(params=["memory", "folder"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> StageStore:
+    return StageStore(tmp_path if request.param == "folder" else None)
+
+
+def equal(one: dict[str, Tensor] | None, other: dict[str, Tensor]) -> bool:
+    return (
+        one is not None
+        and one.keys() == other.keys()
+        and all(one[name].equal(other[name]) for name in other)
+    )
+
+
+def test_entries_are_copies_that_can_be_replaced_and_dropped(empty: StageStore):
+    state = {name: value.clone() for name, value in STATE.items()}
+    assert empty.get("key") is None
+    empty.put("key", state)
+    state["a"].zero_()
+    assert equal(empty.get("key"), STATE)
+    empty.put("key", {"c": torch.zeros(1)})
+    assert equal(empty.get("key"), {"c": torch.zeros(1)})
+    empty.drop("key")
+    empty.drop("key")
+    assert empty.get("key") is None
+
+
+def test_keep_only(empty: StageStore):
+    for key in "abc":
+        empty.put(key, STATE)
+    empty.keep_only(["a", "c", "unknown"])
+    assert [empty.get(key) is not None for key in "abc"] == [True, False, True]
+
+
+def test_set_aside(empty: StageStore, caplog):
+    caplog.set_level(logging.WARNING)
+    empty.put("key", STATE)
+    empty.set_aside("key", "because")
+    assert empty.get("key") is None
+    assert ("because" in caplog.text) is (empty.folder is not None)
+
+
+def test_a_checkpoint_is_due_after_some_seconds(empty: StageStore, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(store.time, "monotonic", lambda: now)
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 10.0)
+    checkpoint = empty.checkpoint("key")
+    assert checkpoint.load() is None and not checkpoint.due()
+    now = 10.0
+    assert checkpoint.due()
+    checkpoint.save(STATE)
+    assert not checkpoint.due() and equal(checkpoint.load(), STATE)
+    assert empty.get("key") is None  # work in progress is no finished entry
+    checkpoint.clear()
+    assert checkpoint.load() is None
+
+
+def test_stores_on_one_folder_share_their_entries(tmp_path: Path):
+    StageStore(tmp_path).put("key", STATE)
+    assert equal(StageStore(str(tmp_path)).get("key"), STATE)
