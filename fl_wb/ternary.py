@@ -85,14 +85,14 @@ class Ternary(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         centred = weight.detach() - weight.detach().mean()
-        ratio = 0.7 * centred.abs().mean() / centred.std().clamp_min(1e-12)
+        ratio = 0.7 * centred.abs().mean() / centred.std(correction=0).clamp_min(1e-12)
         # In units of W's standard deviation, so that one learning rate suits every layer.
         self.threshold = nn.Parameter(ratio.clamp(0.05, 2.0))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return alpha * Q, of the weight's shape; straight through to W, by alpha to Delta."""
         centred = weight.detach() - weight.detach().mean()
-        std = centred.std().clamp_min(1e-12)
+        std = centred.std(correction=0).clamp_min(1e-12)
         ratio = self.threshold.clamp(0.05, 2.0)
         signs = torch.sign(centred) * (centred.abs() > ratio.detach() * std)
         ternary: Tensor = std * mean_above(ratio) * signs
