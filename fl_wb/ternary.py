@@ -188,7 +188,8 @@ def ternarize(
         seed=seed,
         # The weights settle first; what stays in full precision then makes up for what they became.
         groups=[
-            {"params": weights, "until": SETTLED},
+            # once each, also where layers share one
+            {"params": list(dict.fromkeys(weights)), "until": SETTLED},
             {"params": thresholds, "lr": settings.threshold_lr, "until": SETTLED},
             {"params": others, "lr": 10 * settings.lr},
         ],
