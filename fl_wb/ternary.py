@@ -161,8 +161,7 @@ def ternarize(
     settings = settings or Ternarization()
     if iterations is not None:
         settings = replace(settings, iterations=iterations)
-    home = device_of(generator)
-    teacher = deepcopy(generator).to(device or home).eval().requires_grad_(False)
+    teacher = deepcopy(generator).to(device or device_of(generator)).eval().requires_grad_(False)
     # in training mode: ternary weights give other activations, whose statistics are taken anew
     student = deepcopy(teacher).train().requires_grad_(True)
     layers = [layer for _, layer in ternarizable(student)]
@@ -200,7 +199,11 @@ def ternarize(
     for module in student.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             _fold_statistics(module)
-    return student.to(home).eval()
+    # A copy, because a weight whose parametrization was removed comes last in its layer's state,
+    # and many a Flower app sends a state's values in order, without their names.
+    plain = deepcopy(generator)
+    plain.load_state_dict(student.state_dict())
+    return plain.requires_grad_(True).eval()
 
 
 @torch.no_grad()

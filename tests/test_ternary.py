@@ -157,9 +157,12 @@ def test_every_layer_s_weight_takes_three_values(make: Callable[[], nn.Module]):
         alpha = layer.weight.max().item()
         assert alpha > 0 and values(layer.weight) == {-alpha, 0.0, alpha}, name
     # the same architecture, plain again, and what is no layer's weight is not ternary
-    mine, theirs = ternary.state_dict(), generator.state_dict()
-    assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
-    assert not ternary.training
+    mine, theirs = (
+        [(key, value.shape) for key, value in module.state_dict().items()]
+        for module in (ternary, generator)
+    )
+    assert mine == theirs  # in the same order, too
+    assert not ternary.training and all(p.requires_grad for p in ternary.parameters())
     for name, layer in layers.items():
         if layer.bias is not None:
             assert len(values(layer.bias)) > 3 or layer.bias.numel() <= 3, name
