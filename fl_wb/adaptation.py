@@ -115,7 +115,7 @@ def adapt(
         real = _mixed(bank, few)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
-        start,
+        deepcopy(start).requires_grad_(True),
         [fresh],
         [real],
         training,

@@ -20,7 +20,7 @@ from fl_wb.distillation import Distillation, distill
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
 from fl_wb.transport import displacement
-from fl_wb.wgan import Progress, Sampler, Training, distance_to, train_wgan
+from fl_wb.wgan import Progress, Sampler, Training, distance_to, push_forward, train_wgan
 
 Map = Callable[[Tensor], Tensor]
 """Latents (n, latent_dim) to samples (n, ...)."""
@@ -150,8 +150,8 @@ class Merge:
         start = self.store.checkpoint(f"{key}-start")
         training = self.store.checkpoint(key)
         teacher = self._teacher(previous, new, t)
+        merged.requires_grad_(True)
         if self.settings.start == "distilled":
-            merged.requires_grad_(True)
             distill(
                 merged,
                 teacher,
@@ -197,16 +197,7 @@ class Merge:
             maps = [previous, new]
         # One batch at a time: that is what the displacement couples.
         batch = self.settings.training.batch_size
-
-        def sampler(generator: Map) -> Sampler:
-            @torch.no_grad()
-            def draw(n: int, rng: torch.Generator) -> Tensor:
-                z = torch.randn(n, self.dim, generator=rng, device=rng.device)
-                return torch.cat([generator(part) for part in z.split(batch)])
-
-            return draw
-
-        return [sampler(generator) for generator in maps]
+        return [push_forward(generator, self.dim, batch) for generator in maps]
 
     def _key(self, previous: nn.Module, new: nn.Module, t: float, critics: list[nn.Module]) -> str:
         went_in = {

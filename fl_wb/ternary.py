@@ -11,18 +11,18 @@ full precision. `fl_wb.packing` has the file format.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fl_wb.distillation import Distillation, distill
-from fl_wb.networks import device_of
+from fl_wb.networks import MLPCritic, device_of, generate, latent_dim_of
 from fl_wb.packing import PackedFileError, load, pack, save, unpack
-from fl_wb.wgan import Progress
+from fl_wb.wgan import Progress, Training, distance_to, push_forward, train_wgan
 
 __all__ = [
     "PackedFileError",
@@ -35,6 +35,9 @@ __all__ = [
     "ternarize",
     "unpack",
 ]
+
+FIDELITY = 1.0
+"""Weight of E||G(z) - teacher(z)|| in the polishing WGAN's loss, as in `fl_wb.stage`."""
 
 SETTLED = 0.7
 """Share of the iterations after which weights and thresholds stand still."""
@@ -64,12 +67,17 @@ class Ternarization:
     threshold_lr
         Learning rate of Delta / std(W); 0 keeps the thresholds where they start. Much larger
         rates drift until no weight is zero.
+    training
+        The WGAN-GP that polishes what stays in full precision afterwards.
     """
 
-    iterations: int = 1600
+    iterations: int = 1300
     batch_size: int = 128
     lr: float = 1e-3
     threshold_lr: float = 2e-4
+    training: Training = field(
+        default_factory=lambda: Training(iterations=150, warmup=150, generator_lr=5e-4)
+    )
 
 
 class Ternary(nn.Module):
@@ -119,6 +127,7 @@ def ternarizable(generator: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def ternarize(
     generator: nn.Module,
     *,
+    critic: Callable[[], nn.Module] | None = None,
     iterations: int | None = None,
     settings: Ternarization | None = None,
     seed: int = 0,
@@ -135,8 +144,10 @@ def ternarize(
     ----------
     generator : nn.Module
         Left alone.
+    critic : callable, optional
+        Makes a fresh critic of samples; a multilayer perceptron if None.
     iterations : int, optional
-        In place of those in `settings`.
+        Of the distillation, in place of those in `settings`.
     settings : Ternarization, optional
     seed : int
         The same arguments give the same generator.
@@ -162,12 +173,28 @@ def ternarize(
     if iterations is not None:
         settings = replace(settings, iterations=iterations)
     teacher = deepcopy(generator).to(device or device_of(generator)).eval().requires_grad_(False)
+    ternary = _distilled(teacher, settings, latent_dim, seed, callback)
+    ternary = _polished(ternary, teacher, critic, settings.training, latent_dim, seed, callback)
+    for module in ternary.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            _fold_statistics(module)
+    return ternary.to(device_of(generator)).requires_grad_(True).eval()
+
+
+def _distilled(
+    teacher: nn.Module,
+    settings: Ternarization,
+    latent_dim: int | None,
+    seed: int,
+    callback: Progress | None,
+) -> nn.Module:
+    """Learn weights and thresholds together, latent by latent, from the teacher."""
     # in training mode: ternary weights give other activations, whose statistics are taken anew
     student = deepcopy(teacher).train().requires_grad_(True)
     layers = [layer for _, layer in ternarizable(student)]
     if not layers:
         raise ValueError(
-            f"{type(generator).__name__} has no linear or convolution layer to ternarize"
+            f"{type(teacher).__name__} has no linear or convolution layer to ternarize"
         )
     weights, thresholds = [], []
     for layer in layers:
@@ -196,14 +223,47 @@ def ternarize(
     )
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-    for module in student.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            _fold_statistics(module)
     # A copy, because a weight whose parametrization was removed comes last in its layer's state,
     # and many a Flower app sends a state's values in order, without their names.
-    plain = deepcopy(generator)
+    plain = deepcopy(teacher)
     plain.load_state_dict(student.state_dict())
-    return plain.requires_grad_(True).eval()
+    return plain
+
+
+def _polished(
+    ternary: nn.Module,
+    teacher: nn.Module,
+    critic: Callable[[], nn.Module] | None,
+    training: Training,
+    latent_dim: int | None,
+    seed: int,
+    callback: Progress | None,
+) -> nn.Module:
+    """Train what stays in full precision as a WGAN against the teacher's samples.
+
+    A critic sees what no distance of samples does: how the ternary generator's measure differs.
+    """
+    ternary.requires_grad_(True)
+    for _, layer in ternarizable(ternary):
+        layer.get_parameter("weight").requires_grad_(False)
+    if not (training.iterations and any(p.requires_grad for p in ternary.parameters())):
+        return ternary
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = (
+            critic() if critic else MLPCritic(generate(teacher, 1, latent_dim=latent_dim).shape[1:])
+        )
+    dim = latent_dim_of(teacher, latent_dim)
+    return train_wgan(
+        ternary,
+        [fresh],
+        [push_forward(teacher, dim, training.batch_size)],
+        training,
+        latent_dim=latent_dim,
+        seed=seed,
+        regularizer=distance_to(teacher, FIDELITY),
+        callback=callback,
+    ).generator
 
 
 @torch.no_grad()

@@ -82,6 +82,17 @@ def resample(samples: Tensor) -> Sampler:
     return draw
 
 
+def push_forward(generator: Callable[[Tensor], Tensor], latent_dim: int, batch: int) -> Sampler:
+    """Sampler of a generator's samples; it is called with at most `batch` latents at a time."""
+
+    @torch.no_grad()
+    def draw(n: int, rng: torch.Generator) -> Tensor:
+        z = torch.randn(n, latent_dim, generator=rng, device=rng.device)
+        return torch.cat([generator(part) for part in z.split(batch)])
+
+    return draw
+
+
 def distance_to(
     teacher: Callable[[Tensor], Tensor], weight: float, power: int = 1
 ) -> Regularizer | None:
@@ -120,7 +131,8 @@ def train_wgan(
     generator : nn.Module
         Where training starts; its device is where training runs. In training mode it is a new
         network; in eval mode, one that is already good: its normalisation keeps the statistics
-        that it has, so that it starts from what it generates when it is sampled.
+        that it has, so that it starts from what it generates when it is sampled. Parameters
+        that require no gradient stay as they are.
     critics, reals
         Critic j tells samples of ``reals[j]`` from the generator's.
     training : Training
@@ -173,13 +185,14 @@ class _Loop:
             raise ValueError(f"{len(critics)} critics for {len(reals)} real measures")
         self.dim = latent_dim_of(generator, latent_dim)
         device = device_of(generator)
-        self.generator = deepcopy(generator).requires_grad_(True)
+        self.generator = deepcopy(generator)
+        self.trained = [p for p in self.generator.parameters() if p.requires_grad]
         self.critics = [deepcopy(c).to(device).train().requires_grad_(True) for c in critics]
         self.reals, self.training, self.regularizer = reals, training, regularizer
         self.rng = torch.Generator(device).manual_seed(seed)
         self.ema = MovingAverage(self.generator, training.ema)
-        self.generator_adam = _adam(self.generator, training.generator_lr)
-        self.critic_adams = [_adam(c, training.critic_lr) for c in self.critics]
+        self.generator_adam = _adam(self.trained, training.generator_lr)
+        self.critic_adams = [_adam(list(c.parameters()), training.critic_lr) for c in self.critics]
         named = {f"critic{j}": critic for j, critic in enumerate(self.critics)}
         self.state = TrainingState(
             {"generator": self.generator, "average": self.ema.average, **named},
@@ -200,7 +213,7 @@ class _Loop:
             loss = loss + self.regularizer(z, fakes, self.rng)
         self.generator_adam.zero_grad()
         # Only the generator's gradients: the critics' would be computed and thrown away.
-        loss.backward(inputs=list(self.generator.parameters()))
+        loss.backward(inputs=self.trained)
         self.generator_adam.step()
         self.ema.update(self.generator, self.state.iteration)
         self.state.iteration += 1
@@ -265,9 +278,9 @@ def critic_loss(
     return loss
 
 
-def _adam(module: nn.Module, lr: float) -> torch.optim.Adam:
+def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
     # fused: one kernel a step instead of some ten a tensor
-    return torch.optim.Adam(module.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
+    return torch.optim.Adam(parameters, lr=lr, betas=(0.5, 0.9), fused=True)
 
 
 def _state(module: nn.Module) -> list[Tensor]:
