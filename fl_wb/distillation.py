@@ -38,7 +38,7 @@ class Distillation:
         the same seconds.
     """
 
-    iterations: int = 2500
+    iterations: int = 2000
     batch_size: int = 128
     lr: float = 3e-3
 

@@ -76,7 +76,7 @@ class Ternarization:
     lr: float = 1e-3
     threshold_lr: float = 2e-4
     training: Training = field(
-        default_factory=lambda: Training(iterations=150, warmup=150, generator_lr=5e-4)
+        default_factory=lambda: Training(iterations=120, warmup=120, generator_lr=1.5e-3)
     )
 
 
