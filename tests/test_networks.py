@@ -63,7 +63,7 @@ def test_width_sets_the_size(name: str):
 
 def test_the_compact_generator_has_sixty_thousand_parameters():
     network = make_generator("conv", (1, 28, 28), latent_dim=32)
-    assert sum(p.numel() for p in network.parameters()) == pytest.approx(60_000, rel=0.02)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(60_000, rel=0.05)
 
 
 @pytest.mark.parametrize("make", [make_generator, make_critic])

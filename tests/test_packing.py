@@ -18,10 +18,12 @@ from torch import nn
 
 from fl_wb.networks import generate, make_generator
 from fl_wb.packing import PackedFileError, load, pack, read, save, unpack
-from fl_wb.ternary import ternarize
+from fl_wb.ternary import Ternarization, ternarize
+from fl_wb.wgan import Training
 from tests.points import same
 
 SHA = 32
+QUICK = Ternarization(iterations=3, training=Training(iterations=0))
 
 
 def network(width: int = 8, name: str = "mlp") -> nn.Module:
@@ -31,7 +33,7 @@ def network(width: int = 8, name: str = "mlp") -> nn.Module:
 
 @cache
 def ternary(name: str = "mlp") -> nn.Module:
-    return ternarize(network(name=name), iterations=3)
+    return ternarize(network(name=name), settings=QUICK)
 
 
 @cache
@@ -75,7 +77,7 @@ def test_a_loaded_generator_makes_the_same_samples_bit_for_bit(tmp_path: Path, n
 def test_the_default_generator_packs_to_a_twelfth():
     generator = make_generator("mlp", (1, 8, 8))
     floats = sum(4 * value.numel() for value in generator.state_dict().values())
-    assert 12 * len(pack(ternarize(generator, iterations=1))) <= floats
+    assert 12 * len(pack(ternarize(generator, settings=QUICK))) <= floats
 
 
 def test_packing_is_deterministic():

@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from fl_wb.networks import generate, make_generator
+from fl_wb.networks import MLPCritic, generate, make_generator
 from fl_wb.ternary import (
     Ternarization,
     Ternary,
@@ -23,6 +23,7 @@ from fl_wb.ternary import (
     unpack,
 )
 from fl_wb.transport import energy_distance
+from fl_wb.wgan import Training
 from tests.points import same
 
 
@@ -36,6 +37,12 @@ def trained(name: str = "mlp", width: int = 16) -> nn.Module:
                 parameter.mul_(2)  # so that the images use their range
         generator.train()(torch.randn(500, 8))
     return generator.eval()
+
+
+def quick(iterations: int = 3, *, polish: int = 0, **fields: float) -> Ternarization:
+    """Make settings of few iterations, without the polishing WGAN unless asked for."""
+    training = Training(iterations=polish, batch_size=16, warmup=2, generator_lr=1e-3)
+    return Ternarization(iterations, training=training, **fields)
 
 
 class Layers(nn.Module):
@@ -149,7 +156,7 @@ def test_every_layer_s_weight_takes_three_values(make: Callable[[], nn.Module]):
     torch.manual_seed(0)
     generator = make()
 
-    ternary = ternarize(generator, iterations=3)
+    ternary = ternarize(generator, settings=quick())
 
     layers = dict(ternarizable(ternary))
     assert layers
@@ -172,7 +179,7 @@ def test_what_is_not_a_layer_s_weight_stays_in_full_precision():
     torch.manual_seed(0)
     generator = Layers()
     names = {name for name, _ in ternarizable(generator)}
-    ternary = ternarize(generator, iterations=3)
+    ternary = ternarize(generator, settings=quick())
     assert names == {"linear", "up", "across"}
     for parameter in (ternary.norm.weight, ternary.linear.bias, ternary.table.weight):
         assert len(values(parameter)) > 3
@@ -180,31 +187,40 @@ def test_what_is_not_a_layer_s_weight_stays_in_full_precision():
 
 
 def test_the_argument_is_left_alone_and_the_seed_decides():
+    # with a critic of its own, which is all that draws from torch's random state
     generator = trained().train().requires_grad_(False)
     torch.manual_seed(3)
     rng = torch.get_rng_state()
 
-    one = ternarize(generator, iterations=3, seed=1)
+    one = ternarize(generator, settings=quick(polish=2), seed=1)
 
     assert torch.get_rng_state().equal(rng)
     assert generator.training and not any(p.requires_grad for p in generator.parameters())
     assert same(generator, trained())
     torch.manual_seed(9)
-    assert same(one, ternarize(generator, iterations=3, seed=1))
-    assert not same(one, ternarize(generator, iterations=3, seed=2))
+    assert same(one, ternarize(generator, settings=quick(polish=2), seed=1))
+    assert not same(one, ternarize(generator, settings=quick(polish=2), seed=2))
 
 
-def test_iterations_settings_and_latent_dimension_are_the_caller_s():
-    done = []
-    settings = Ternarization(iterations=50, batch_size=4)
+def test_iterations_critic_and_latent_dimension_are_the_caller_s():
+    done, made = [], []
+    settings = quick(50, polish=2)
+
+    def factory() -> nn.Module:
+        made.append(MLPCritic((2,), width=4))
+        return made[-1]
+
     ternarize(
         nn.Sequential(nn.Linear(3, 2)),
-        iterations=2,
+        critic=factory,
+        iterations=3,
         settings=settings,
         latent_dim=3,
-        callback=lambda i, total, _: done.append((i, total)),
+        callback=lambda i, total, losses: done.append("distillation" in losses),
     )
-    assert done == [(1, 2), (2, 2)] and settings.iterations == 50
+
+    assert done == [True] * 3 + [False] * 2 and settings.iterations == 50
+    assert len(made) == 1
 
 
 def test_statistics_are_folded_into_scale_and_shift():
@@ -227,7 +243,7 @@ def test_statistics_are_folded_into_scale_and_shift():
 def test_odd_layers_stay_finite_and_pack(make: Callable[[], nn.Module]):
     torch.manual_seed(0)
     generator = make()
-    ternary = ternarize(generator, iterations=3)
+    ternary = ternarize(generator, settings=quick())
     samples = generate(ternary, 20)
     assert torch.isfinite(samples).all()
     assert generate(unpack(pack(ternary), make()), 20).equal(samples)
@@ -245,7 +261,7 @@ def test_a_generator_without_layers_is_refused():
             return z * self.scale
 
     with pytest.raises(ValueError, match="Scale has no linear or convolution layer"):
-        ternarize(Scale(), iterations=1)
+        ternarize(Scale())
 
 
 # thresholds and training
@@ -258,8 +274,8 @@ def patterns(generator: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("learns", [True, False])
 def test_thresholds_move_with_their_rate_and_stay_without(learns: bool):
     # With the weights held still, only a threshold can change which weights are zero.
-    settings = Ternarization(iterations=30, lr=0.0, threshold_lr=1e-2 if learns else 0.0)
-    before = ternarize(trained(), iterations=0)
+    settings = quick(30, lr=0.0, threshold_lr=1e-2 if learns else 0.0)
+    before = ternarize(trained(), settings=quick(0))
     after = ternarize(trained(), settings=settings)
     moved = [
         not one.equal(other) for one, other in zip(patterns(before), patterns(after), strict=True)
@@ -271,7 +287,7 @@ def test_training_beats_rounding():
     generator = trained(width=32)
     reference = generate(generator, 600, seed=5)
 
-    rounded, learned = (ternarize(generator, iterations=n) for n in (0, 150))
+    rounded, learned = (ternarize(generator, settings=quick(n)) for n in (0, 150))
 
     def apart(ternary: nn.Module) -> float:
         return energy_distance(generate(ternary, 600, seed=6), reference).item()
@@ -281,3 +297,17 @@ def test_training_beats_rounding():
 
     assert apart(learned) < apart(rounded) / 10
     assert distance(learned) < 0.8 * distance(rounded)
+
+
+def test_polishing_trains_what_stays_in_full_precision_and_that_alone():
+    distilled, polished = (ternarize(trained(), settings=quick(5, polish=n)) for n in (0, 5))
+    kept = {f"{name}.weight" for name, _ in ternarizable(distilled)}
+    for name, before in distilled.named_parameters():
+        assert before.equal(polished.get_parameter(name)) is (name in kept), name
+
+
+def test_a_polish_of_nothing_is_none():
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(3, 2, bias=False))
+    one, other = (ternarize(generator, settings=quick(5, polish=n), latent_dim=3) for n in (0, 5))
+    assert same(one, other)

@@ -97,8 +97,8 @@ def test_the_same_seed_gives_the_same_networks(n: int):
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_the_arguments_are_left_alone(mode: bool):
-    generator, (judge,) = conv().train(mode).requires_grad_(False), image_critics(1)
-    judge.eval()
+    generator, (judge,) = conv().train(mode), image_critics(1)
+    judge.eval().requires_grad_(False)
     before, real = (deepcopy(generator), deepcopy(judge)), images()
     rng = torch.get_rng_state()
 
@@ -107,7 +107,7 @@ def test_the_arguments_are_left_alone(mode: bool):
     assert torch.get_rng_state().equal(rng) and real.equal(images())
     assert same(generator, before[0]) and same(judge, before[1])
     assert generator.training is mode and not judge.training
-    assert not any(p.requires_grad for p in generator.parameters())
+    assert not any(p.requires_grad for p in judge.parameters())
     assert not same(trained.generator, generator) and not same(trained.critics[0], judge)
     assert not trained.generator.training
     assert all(p.requires_grad for p in trained.generator.parameters())
@@ -237,6 +237,17 @@ def test_two_critics_pull_to_two_measures():
         training,
     ).generator
     assert generate(trained, 500).mean(0).abs().max() < 1.2
+
+
+def test_frozen_parameters_stay_and_the_others_are_trained():
+    generator = conv()
+    frozen = [name for name, _ in generator.named_parameters() if name.endswith("bias")]
+    for name in frozen:
+        generator.get_parameter(name).requires_grad_(False)
+    trained = train_wgan(generator, image_critics(1), [resample(images())], SHORT).generator
+    for name, before in generator.named_parameters():
+        assert before.equal(trained.get_parameter(name)) is (name in frozen), name
+    assert frozen
 
 
 def test_the_regularizer_holds_the_generator():
