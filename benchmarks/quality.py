@@ -1,14 +1,13 @@
 """Quality of the merge, the adaptation and the ternarization, on real digits or IDX images.
 
-    python benchmarks/quality.py merge  [--seeds 0 1 2]
-    python benchmarks/quality.py adapt  [--seeds 0 1 2]
-    python benchmarks/quality.py options
+    python -m benchmarks.quality merge [--seeds 0 1 2] [data=mnist data.root=FOLDER ...]
+    python -m benchmarks.quality adapt [--seeds 0 1 2] [data=mnist data.root=FOLDER ...]
 
 `merge`: barycenters of two sources by each geodesic and start, beside samples of the pool of the
-sources themselves. `adapt`: two targets with 10 samples a class, one of all classes (sources
-0-4, 5-9), one of classes that no source has (8-9; sources 0-3, 4-7): start, variation transfer,
-its ternary form, plain fine-tuning. Sources are trained with the shipped settings, by the seed.
-Seconds are of one core's time (`time.process_time`, one thread). Every figure is the mean of five
+sources themselves (their exact mixture). `adapt`: two targets with 10 samples a class, one of all
+classes (sources 0-4, 5-9), one of classes that no source has (8-9; sources 0-3, 4-7): start,
+variation transfer, its ternary form, plain fine-tuning. Sources are trained with the shipped
+settings, by the seed. Seconds are of one core's time (`time.process_time`, one thread). Every figure is the mean of five
 draws of the generator, given as mean and standard deviation over the seeds.
 """
 
