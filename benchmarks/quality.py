@@ -7,8 +7,8 @@
 sources themselves (their exact mixture). `adapt`: two targets with 10 samples a class, one of all
 classes (sources 0-4, 5-9), one of classes that no source has (8-9; sources 0-3, 4-7): start,
 variation transfer, its ternary form, plain fine-tuning. Sources are trained with the shipped
-settings, by the seed. Seconds are of one core's time (`time.process_time`, one thread). Every figure is the mean of five
-draws of the generator, given as mean and standard deviation over the seeds.
+settings, by the seed. Seconds are of one core's time (`time.process_time`, one thread). Every
+figure is the mean of five draws of the generator, given as mean and standard deviation over seeds.
 """
 
 from __future__ import annotations
