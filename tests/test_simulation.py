@@ -33,6 +33,8 @@ TINY = [
     "client.adaptation.training.iterations=2",
     "client.adaptation.training.warmup=2",
     "client.ternarization.iterations=4",
+    "client.ternarization.training.iterations=2",
+    "client.ternarization.training.warmup=2",
     "data.samples_per_class=3",
 ]
 STEPS = ("barycenter", "adapted", "ternary")
