@@ -105,7 +105,8 @@ def recursive_barycenter(
         told = _stage_progress(callback, k + 1, settings, len(generators))
         nu, key = merge.run(nu, merge.place(generators[k]), lambdas[k] / total, told)
         keys.append(key)
-    merge.store.keep_only(keys)
+    if keys:
+        merge.store.keep_only(keys)
     return nu.to(home).eval().requires_grad_(True)
 
 

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from fl_wb.distillation import Distillation, distill
 from fl_wb.networks import MLPCritic, device_of, generate, latent_dim_of
 from fl_wb.packing import PackedFileError, load, pack, save, unpack
-from fl_wb.wgan import Progress, Training, distance_to, push_forward, train_wgan
+from fl_wb.wgan import Progress, Training, distance_to, part_of, push_forward, train_wgan
 
 __all__ = [
     "PackedFileError",
@@ -173,8 +173,11 @@ def ternarize(
     if iterations is not None:
         settings = replace(settings, iterations=iterations)
     teacher = deepcopy(generator).to(device or device_of(generator)).eval().requires_grad_(False)
-    ternary = _distilled(teacher, settings, latent_dim, seed, callback)
-    ternary = _polished(ternary, teacher, critic, settings.training, latent_dim, seed, callback)
+    total = settings.iterations + settings.training.iterations
+    first = part_of(callback, 0, total)
+    then = part_of(callback, settings.iterations, total)
+    ternary = _distilled(teacher, settings, latent_dim, seed, first)
+    ternary = _polished(ternary, teacher, critic, settings.training, latent_dim, seed, then)
     for module in ternary.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             _fold_statistics(module)

@@ -82,6 +82,13 @@ def resample(samples: Tensor) -> Sampler:
     return draw
 
 
+def part_of(callback: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of one of several trainings that are counted as one."""
+    if callback is None:
+        return None
+    return lambda done, _, losses: callback(before + done, total, losses)
+
+
 def push_forward(generator: Callable[[Tensor], Tensor], latent_dim: int, batch: int) -> Sampler:
     """Sampler of a generator's samples; it is called with at most `batch` latents at a time."""
 
@@ -158,7 +165,8 @@ def train_wgan(
         if checkpoint:
             loop.state.save_if_due(checkpoint)
         if callback:
-            callback(loop.state.iteration, training.iterations, losses())
+            told = {name: loss.item() for name, loss in losses.items()}
+            callback(loop.state.iteration, training.iterations, told)
     trained = Trained(loop.ema.average.eval().requires_grad_(True), loop.critics)
     if not all(torch.isfinite(p).all() for p in trained.generator.parameters()):
         raise FloatingPointError(
@@ -203,7 +211,7 @@ class _Loop:
     def latents(self, n: int) -> Tensor:
         return torch.randn(n, self.dim, generator=self.rng, device=self.rng.device)
 
-    def step(self) -> Callable[[], dict[str, float]]:
+    def step(self) -> dict[str, Tensor]:
         """One iteration: the critics' steps, then the generator's; returns its losses."""
         critic_losses = self.critic_phase(self.training.critic_steps)
         z = self.latents(self.training.batch_size)
@@ -217,7 +225,7 @@ class _Loop:
         self.generator_adam.step()
         self.ema.update(self.generator, self.state.iteration)
         self.state.iteration += 1
-        return lambda: {"generator": loss.item(), "critic": critic_losses.item()}
+        return {"generator": loss.detach(), "critic": critic_losses}
 
     def critic_phase(self, steps: int) -> Tensor:
         """Critic steps on fakes made at once, without a graph; returns the last mean loss."""
