@@ -116,7 +116,7 @@ def test_variation_is_the_pool_s_own():
     )
     samples = torch.tensor([[20.0, 0.0], [30.0, 40.0]])  # near the first cluster, the second
 
-    bank = variation_bank(samples, pool, near=60, step=30)
+    bank = variation_bank(samples, pool, near=60, step=30, size=len(pool))
 
     assert bank.shape == pool.shape
     turns = torch.arange(200) % 2
