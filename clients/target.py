@@ -174,6 +174,7 @@ class FastAdaptation:
             return adapted, None
         return adapted, ternarize(
             adapted,
+            critic=self.critic,
             settings=self.ternarization,
             seed=self.seed,
             latent_dim=self.latent_dim,
