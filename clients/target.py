@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
 
@@ -18,12 +18,14 @@ from flwr.app import (
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
-from fl_wb import metrics, records, ternary
+from fl_wb import metrics, parts, records, ternary
 from fl_wb.adaptation import Adaptation, adapt
 from fl_wb.networks import generate
+from fl_wb.storage import digest
 from fl_wb.ternary import Ternarization, ternarize
 
 PICTURES = 64  # of each step, in a reply
+_MADE, _FROM = "fl_wb.target.generator", "fl_wb.target.made-from"  # in context.state
 
 
 @dataclass
@@ -34,6 +36,9 @@ class FastAdaptation:
     shapes and dtypes, a generator made for this node. Messages of other types pass untouched.
 
     ``ClientApp(mods=[FastAdaptation(make_generator, my_samples)])``
+
+    The node keeps what it made in ``context.state``: while the server's model and the node's
+    samples stay as they are, later rounds cost nothing.
 
     Parameters
     ----------
@@ -51,6 +56,12 @@ class FastAdaptation:
         Settings of `fl_wb.ternary.ternarize`.
     arrayrecord_key : str
         Key of the ArrayRecord in the message; the strategy's, which is Flower's default.
+    generator_keys : sequence of str, optional
+        Prefixes of the generator's arrays where the message carries a larger model, as in
+        `fl_wb.strategies.AdaptiveCoalescence`. The others pass as they are.
+    reply_key : str, optional
+        Key of a ConfigRecord that is put into the reply, with the packed generator as bytes under
+        "ternary" (see `fl_wb.ternary.unpack`). By default none is sent.
     latent_dim : int, optional
         Needed if the generator has no attribute ``latent_dim``.
     seed : int
@@ -67,9 +78,17 @@ class FastAdaptation:
     ternarize: bool = True
     ternarization: Ternarization | None = None
     arrayrecord_key: str = records.ARRAYS
+    generator_keys: Sequence[str] | None = None
+    reply_key: str | None = None
     latent_dim: int | None = None
     seed: int = 0
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other, before a message comes."""
+        self._prefixes = parts.check_prefixes(self.generator_keys)
+        if self.reply_key is not None and not self.ternarize:
+            raise ValueError("reply_key sends the ternary generator, and ternarize is False")
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Handle a message as a Flower mod.
@@ -78,17 +97,26 @@ class FastAdaptation:
         ------
         ValueError
             If the message has no such ArrayRecord, its arrays do not fit the generator (naming
-            the first that does not), or the node has no samples.
+            the first that does not), or the node has no samples; or if the app's own reply has
+            a record under `reply_key`.
         """
         if message.metadata.message_type.split(".")[0] != MessageType.EVALUATE:
             return call_next(message, context)
         start = self.start(message, context)
-        adapted, tern = self.adapt(start, self.few(context, start))
+        made = self._made(start, self.few(context, start), context)
         content = dict(message.content)
-        arrays = message.content.array_records[self.arrayrecord_key]
-        content[self.arrayrecord_key] = records.like((tern or adapted).state_dict(), arrays)
+        whole = message.content.array_records[self.arrayrecord_key]
+        state = {**whole.to_torch_state_dict(), **made.state_dict()}
+        content[self.arrayrecord_key] = records.like(state, whole)
         message.content = RecordDict(content)
-        return call_next(message, context)
+        reply = call_next(message, context)
+        if self.reply_key is not None and not reply.has_error():
+            if self.reply_key in reply.content:
+                raise ValueError(
+                    f"the reply has a record {self.reply_key!r} already: set reply_key"
+                )
+            reply.content[self.reply_key] = ConfigRecord({records.TERNARY: ternary.pack(made)})
+        return reply
 
     def start(self, message: Message, context: Context) -> nn.Module:
         """Return the generator that a message carries."""
@@ -98,12 +126,24 @@ class FastAdaptation:
                 f"the message to node {context.node_id} has no ArrayRecord "
                 f"{self.arrayrecord_key!r}, only {sorted(found)}: set arrayrecord_key"
             )
+        arrays, _ = parts.split(found[self.arrayrecord_key], self._prefixes)
         try:
-            return records.load(found[self.arrayrecord_key], self.generator()).to(self.device)
+            return records.load(arrays, self.generator()).to(self.device)
         except records.InvalidUpload as error:
             raise ValueError(
                 f"the server's generator does not fit that of node {context.node_id}: {error}"
             ) from error
+
+    def _made(self, start: nn.Module, few: Tensor, context: Context) -> nn.Module:
+        """Return the generator for this node, from ``context.state`` if it is there."""
+        key = digest({**start.state_dict(), "few": few})
+        state, network = context.state, self.generator()
+        if _MADE in state and state.config_records[_FROM]["digest"] == key:
+            return records.load(state.array_records[_MADE], network).eval()
+        adapted, tern = self.adapt(start, few)
+        made = (tern or adapted).cpu()
+        state[_MADE], state[_FROM] = records.to_arrays(made), ConfigRecord({"digest": key})
+        return made
 
     def few(self, context: Context, start: nn.Module) -> Tensor:
         """Return the node's few samples, checked against what the generator makes."""
@@ -134,6 +174,7 @@ class FastAdaptation:
             return adapted, None
         return adapted, ternarize(
             adapted,
+            critic=self.critic,
             settings=self.ternarization,
             seed=self.seed,
             latent_dim=self.latent_dim,

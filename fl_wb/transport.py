@@ -7,7 +7,6 @@ simplex (Bonneel et al., 2011; Flamary et al., JMLR 2021).
 from __future__ import annotations
 
 import numpy as np
-import ot
 import torch
 from torch import Tensor
 
@@ -39,6 +38,8 @@ def wasserstein1(x: Tensor, y: Tensor) -> float:
     cost = torch.cdist(a, b).numpy()
     if not np.isfinite(cost).all():
         raise ValueError("samples must be finite")
+    import ot  # here: it takes seconds that a strategy and most clients need not pay
+
     value = ot.emd2(ot.unif(len(a)), ot.unif(len(b)), cost, numItermax=10_000_000)
     return float(value)
 
@@ -55,6 +56,8 @@ def coupling(x: Tensor, y: Tensor) -> Tensor:
     """
     # Between uniform measures on n points each, the simplex ends in a vertex: a permutation.
     cost = torch.cdist(_rows(x), _rows(y)).square().numpy()
+    import ot  # see `wasserstein1`
+
     plan = ot.emd(ot.unif(len(cost)), ot.unif(len(cost)), cost)
     return torch.from_numpy(plan.argmax(axis=1))
 

@@ -6,35 +6,29 @@ Wasserstein-1 Barycenter to Adaptive Coalescence", https://arxiv.org/abs/2101.09
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
 from pathlib import Path
 from time import perf_counter
 
+import numpy as np
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import Tensor, nn
 
-from fl_wb import records
+from fl_wb import parts, records
 from fl_wb.barycenter import Stage, recursive_barycenter
-from fl_wb.networks import generate, latent_dim_of
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
+from fl_wb.strategies.checks import check_factory, check_networks, check_not_wrapped
 from fl_wb.strategies.role_fedavg import RoleFedAvg
+from fl_wb.strategies.uploads import Upload, Uploads
 from fl_wb.wgan import Progress
 
-
-@dataclass(frozen=True)
-class Upload:
-    """The latest generator of one node, and the round in which it first arrived."""
-
-    round: int
-    weight: float
-    digest: str
-    state: dict[str, Tensor]
+State = dict[str, Tensor]
 
 
 class AdaptiveCoalescence(RoleFedAvg):
@@ -42,9 +36,14 @@ class AdaptiveCoalescence(RoleFedAvg):
 
     The server keeps the latest valid generator of every node it has seen, and the barycenter of
     these is the global model. Stages are kept, so that a round costs as many of them as there are
-    new or changed generators (and those that stand behind a changed one); a node that left stays
-    merged. Uploads are merged in the order of the round in which they arrived; within a round, the
-    heaviest first. What a node sends is checked, and dropped with a warning if it is no use.
+    new or changed generators (and those that stand behind a changed one). A node that left stays
+    merged; once many did, their generators are folded into one (see `uploads.Uploads.fold`), and
+    one of them that comes back later counts as a new node. Uploads are merged in the order of the
+    round in which they arrived; within a round, the heaviest first. What a node sends is checked,
+    and dropped with a warning if it is no use.
+
+    Where the generator is part of a larger model (`generator_keys`), that part is coalesced and all
+    other arrays are averaged, over the uploads of the round, as FedAvg does.
 
     Nodes may have roles (see `RoleFedAvg`): sources train, targets evaluate.
 
@@ -56,12 +55,20 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         weight lambda_k in the barycenter.
     generator : callable
         Factory: makes a generator, an ``nn.Module`` from latents (n, latent_dim) to samples
-        (n, ...), whose state dict has the names and shapes of `initial_arrays`.
+        (n, ...), whose state dict has the names and shapes of `initial_arrays`, or of those of
+        them that `generator_keys` select.
     critic : callable, optional
         Factory: makes a critic, an ``nn.Module`` from samples to (n,) or (n, 1). By default a
         multilayer perceptron.
     latent_dim : int, optional
         Needed if the generator has no attribute ``latent_dim``.
+    generator_keys : sequence of str, optional
+        Prefixes of the generator's arrays where the model has others too, e.g.
+        ``("fc3.", "decoder.")`` of a VAE.
+    refit : callable, optional
+        Called after each merge with the state dict of the whole model, the generator merged, the
+        rest averaged; returns a state dict in which the rest was fitted to the new generator (see
+        `fl_wb.pairing.fit_encoder`). What it makes of the generator's own arrays is ignored.
     stage : Stage, optional
         Settings of one merge; see `fl_wb.barycenter.Stage`.
     geodesic : {"mixture", "displacement", "two_critics"}, optional
@@ -95,6 +102,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         generator: Callable[[], nn.Module],
         critic: Callable[[], nn.Module] | None = None,
         latent_dim: int | None = None,
+        generator_keys: Sequence[str] | None = None,
+        refit: Callable[[State], Mapping[str, Tensor]] | None = None,
         stage: Stage | None = None,
         geodesic: str | None = None,
         iterations: int | None = None,
@@ -115,15 +124,16 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             train_metrics_aggr_fn,
             evaluate_metrics_aggr_fn,
         )
-        for name, factory in (("generator", generator), ("critic", critic)):
-            if isinstance(factory, nn.Module) or not (factory is None or callable(factory)):
-                raise TypeError(
-                    f"{name} must be a factory, a function without arguments that makes the "
-                    f"{name}, not {type(factory).__name__}"
-                )
+        check_factory("generator", generator)
+        if critic is not None:
+            check_factory("critic", critic)
+        if refit is not None and generator_keys is None:
+            raise ValueError("refit without generator_keys: no other part of the model is there")
         self.generator = generator
         self.critic = critic
         self.latent_dim = latent_dim
+        self.generator_keys = parts.check_prefixes(generator_keys)
+        self.refit = refit
         self.stage = stage
         self.geodesic = geodesic
         self.iterations = iterations
@@ -132,17 +142,27 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self.device = device
         self.callback = callback
         self._initial = ArrayRecord()
-        self._template: dict[str, Tensor] = {}
-        self._uploads: dict[int, Upload] = {}
+        self._generator: State = {}  # templates of what nodes send: the generator's arrays,
+        self._others: State = {}  # and the rest of the model's
+        self._uploads = Uploads()
 
     def summary(self) -> None:
-        """Log summary configuration of the strategy."""
+        """Log summary configuration of the strategy.
+
+        Raises
+        ------
+        ValueError
+            Inside a wrapper for central differential privacy; see `checks.check_not_wrapped`.
+        """
+        check_not_wrapped()
         super().summary()
         stage = self.stage or Stage()
         iterations = stage.training.iterations if self.iterations is None else self.iterations
         log(INFO, "\t└──> Barycenter:")
         log(INFO, "\t\t├── Geodesic: '%s'", self.geodesic or stage.geodesic)
         log(INFO, "\t\t├── Iterations a stage: %d", iterations)
+        if self.generator_keys is not None:
+            log(INFO, "\t\t├── Of the arrays: %s", ", ".join(self.generator_keys))
         log(INFO, "\t\t└── Stages kept in: %s", self.store.folder or "memory")
 
     def configure_train(
@@ -155,7 +175,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         ValueError
             If `initial_arrays`, generator, critic and latent dimension do not fit together.
         """
-        if server_round == 1 or not self._template:
+        if server_round == 1 or not self._generator:
             self._begin(arrays)
         return super().configure_train(server_round, arrays, config, grid)
 
@@ -164,24 +184,23 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge the uploads; the arrays are None (the model stays) if none is valid."""
         received = self._received(replies, is_train=True)
-        kept, before = [], dict(self._uploads)
+        kept, others, before = [], [], self._uploads.copy()
         for node_id, content in received:
             try:
-                upload = self._read(server_round, content)
+                upload, rest = self._read(server_round, content)
             except records.InvalidUpload as error:
                 log(WARNING, "aggregate_train: dropped the upload of node %d: %s", node_id, error)
                 continue
-            known = self._uploads.get(node_id)
-            if known is None or (known.digest, known.weight) != (upload.digest, upload.weight):
-                self._uploads[node_id] = upload
+            self._uploads.put(node_id, upload)
             kept.append((node_id, content))
+            others.append((node_id, upload.weight, rest))
         alike = self._alike(kept, "aggregate_train")
         metrics = self.train_metrics_aggr_fn(alike, self.weighted_by_key) if alike else None
-        if kept:
-            arrays = self._merge()
-        else:
+        arrays = None
+        if not kept:
             log(WARNING, "no valid upload in round %d: the model stays", server_round)
-            arrays = None
+        elif (state := self._merge()) is not None:
+            arrays = self._whole(state, others)
         if arrays is None:
             self._uploads = before  # what the model is made of
         metrics = MetricRecord(dict(metrics or {}))
@@ -191,58 +210,42 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
 
     def _begin(self, arrays: ArrayRecord) -> None:
         """Start from scratch, as `start` means it, once everything is seen to fit."""
-        network = self.generator()
-        try:
-            records.validate(arrays, network.state_dict())
-        except records.InvalidUpload as error:
-            raise ValueError(f"initial_arrays do not fit the generator: {error}") from error
-        latent_dim = latent_dim_of(network, self.latent_dim)
-        try:
-            samples = generate(network, 4, latent_dim=latent_dim)
-        except Exception as error:
-            raise ValueError(f"generator takes no latents (4, {latent_dim}): {error}") from error
-        if self.critic is not None:
-            self._check_critic(self.critic(), samples)
+        generative, others = parts.split(arrays, self.generator_keys)
+        network = check_networks(generative, self.generator, self.critic, self.latent_dim)
         self._initial = arrays
-        self._template = {name: value.cpu() for name, value in network.state_dict().items()}
-        self._uploads = {}
+        self._generator = {name: value.cpu() for name, value in network.state_dict().items()}
+        self._others = {name: _template(name, array) for name, array in others.items()}
+        self._uploads = Uploads()
 
-    @staticmethod
-    def _check_critic(critic: nn.Module, samples: Tensor) -> None:
-        shape = tuple(samples.shape)
-        try:
-            with torch.no_grad():
-                scores = critic(samples)
-        except Exception as error:
-            raise ValueError(f"the critic does not take samples {shape}: {error}") from error
-        if tuple(scores.shape) not in {(len(samples),), (len(samples), 1)}:
-            raise ValueError(
-                f"the critic makes scores {tuple(scores.shape)} of samples {shape}, "
-                f"not ({len(samples)},) or ({len(samples)}, 1)"
-            )
-
-    def _read(self, server_round: int, content: RecordDict) -> Upload:
+    def _read(self, server_round: int, content: RecordDict) -> tuple[Upload, State]:
         """Check one reply; an InvalidUpload says what is wrong with it."""
         weight = self._weight(content)
         arrays = list(content.array_records.values())
         if len(arrays) != 1:
             raise records.InvalidUpload(f"it has {len(arrays)} ArrayRecords instead of one")
-        state = records.validate(arrays[0], self._template)
+        state = records.validate(arrays[0], {**self._generator, **self._others})
+        rest = {name: state.pop(name) for name in self._others}
         records.check_samples(self._network(state), latent_dim=self.latent_dim)
-        return Upload(server_round, weight, digest(state), state)
+        return Upload(server_round, weight, digest(state), state), rest
 
-    def _network(self, state: dict[str, Tensor]) -> nn.Module:
+    def _network(self, state: State) -> nn.Module:
         network = self.generator()
         network.load_state_dict(state)
         return network
 
-    def _merge(self) -> ArrayRecord | None:
-        """Return the barycenter of all uploads, in an order that no network delay can change."""
-        uploads = sorted(self._uploads.values(), key=lambda u: (u.round, -u.weight, u.digest))
+    def _merge(self) -> State | None:
+        """Return the barycenter of all uploads, or None if it came to nothing."""
+        began = perf_counter()
+        if folded := self._uploads.fold(self._connected, self._barycenter):
+            log(INFO, "aggregate_train: folded the generators of %d nodes that left", folded)
+        merged = self._barycenter(self._uploads.ordered())
+        log(INFO, "aggregate_train: merged in %.1f s", perf_counter() - began)
+        return merged
+
+    def _barycenter(self, uploads: Sequence[Upload]) -> State | None:
         total = sum(upload.weight for upload in uploads)
         shares = ", ".join(f"{upload.weight / total:.3g}" for upload in uploads)
         log(INFO, "aggregate_train: merging %d generators with weights %s", len(uploads), shares)
-        began = perf_counter()
         try:
             barycenter = recursive_barycenter(
                 [self._network(upload.state) for upload in uploads],
@@ -261,5 +264,33 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         except (FloatingPointError, records.InvalidUpload) as error:
             log(WARNING, "aggregate_train: the merge failed (%s): the model stays", error)
             return None
-        log(INFO, "aggregate_train: merged in %.1f s", perf_counter() - began)
-        return records.like(barycenter.state_dict(), self._initial)
+        return {name: value.cpu() for name, value in barycenter.state_dict().items()}
+
+    def _whole(self, generator: State, others: Sequence[tuple[int, float, State]]) -> ArrayRecord:
+        """Put the merged generator and the average of all other arrays into one model."""
+        if not self._others:
+            return records.like(generator, self._initial)
+        replies = [
+            RecordDict({"arrays": ArrayRecord(rest), "metrics": MetricRecord({"weight": weight})})
+            for _, weight, rest in sorted(
+                others, key=lambda other: other[0]
+            )  # sums keep their order
+        ]
+        averages = aggregate_arrayrecords(replies, "weight")
+        # As nodes' arrays are read: a counter's average is rounded.
+        rest = records.validate(averages, self._others)
+        if self.refit is not None:
+            whole = {**generator, **rest}
+            fitted = self.refit({name: whole[name].clone() for name in self._initial})
+            try:
+                found = ArrayRecord({name: fitted[name].detach() for name in fitted})
+                rest = records.validate(parts.split(found, self.generator_keys)[1], self._others)
+            except records.InvalidUpload as error:
+                raise ValueError(f"refit returned arrays that do not fit: {error}") from error
+        return records.like({**generator, **rest}, self._initial)
+
+
+def _template(name: str, array: Array) -> Tensor:
+    values = torch.from_numpy(np.array(array.numpy()))
+    # FedAvg makes a floating number of this counter, nodes' networks an integer again.
+    return values.long() if name.endswith("num_batches_tracked") else values

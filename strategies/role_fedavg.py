@@ -39,6 +39,7 @@ class RoleFedAvg(FedAvg):
         self._roles: dict[int, str] = {}
         self._mute = False  # the app has no @app.query(): nobody is asked again
         self._sent: list[Message] = []
+        self._connected: list[int] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -78,6 +79,11 @@ class RoleFedAvg(FedAvg):
     def _sample(self, grid: Grid, role: str, fraction: float, minimum: int) -> list[int]:
         # A sample of none waits for the nodes that FedAvg would wait for, and lists them.
         _, connected = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
+        self._connected = connected
+        # Of nodes that left nothing is remembered; a fleet's ids would otherwise pile up.
+        self._roles = {
+            node_id: self._roles[node_id] for node_id in connected if node_id in self._roles
+        }
         self._ask_roles(grid, connected)
         able = [n for n in connected if self._roles.get(n, BOTH) in (role, BOTH)]
         size = min(len(able), max(int(len(able) * fraction), minimum))

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1]
 MATHEMATICS = (
     {"readers", "storage", "networks", "transport", "checkpoint", "store"},
     {"wgan", "distillation", "metrics", "features", "datasets", "packing"},
-    {"stage", "barycenter", "adaptation", "ternary"},
+    {"stage", "barycenter", "adaptation", "ternary", "pairing"},
 )
 LAYERS = (
     *MATHEMATICS,
-    {"limits", "overrides", "config", "records", "tracking"},
+    {"limits", "overrides", "config", "records", "parts", "tracking"},
     {"strategies", "clients", "results", "task"},
     {"server_app", "client_app"},
     {"launcher", "cli"},

@@ -91,7 +91,9 @@ def constant(content: Content) -> None:
 
 
 def huge(content: Content) -> None:
-    content["arrays"] = {name: v * np.float32(1e30) for name, v in content["arrays"].items()}
+    content["arrays"] = {
+        name: np.asarray(v * np.float32(1e38)) for name, v in content["arrays"].items()
+    }
 
 
 FIRST = "net.0.weight"
@@ -109,8 +111,8 @@ BAD_UPLOADS: dict[str, tuple[Spoil, str]] = {
         change(FIRST, lambda v: v.astype(np.int32)),
         f"'{FIRST}' is int32 instead of float32",
     ),
-    "nan": (change("net.2.bias", lambda v: v * np.nan), "'net.2.bias' has values .* not finite"),
-    "infinite": (change("net.2.bias", lambda v: v + np.inf), "'net.2.bias' .* not finite"),
+    "nan": (change("net.1.bias", lambda v: v * np.nan), "'net.1.bias' has values .* not finite"),
+    "infinite": (change("net.1.bias", lambda v: v + np.inf), "'net.1.bias' .* not finite"),
     "undecodable": (
         change(FIRST, lambda v: Array("float32", v.shape, "numpy.ndarray", b"garbage")),
         f"'{FIRST}' cannot be decoded",

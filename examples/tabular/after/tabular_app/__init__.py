@@ -1,0 +1,1 @@
+"""A Flower app: a generator of patient records."""

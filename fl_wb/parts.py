@@ -1,0 +1,57 @@
+"""The generative part of a larger model: which arrays are the generator's, by their prefixes.
+
+A VAE's clients send encoder and decoder in one ArrayRecord; only the decoder generates. Server and
+clients tell the two apart here, alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord
+
+
+def check_prefixes(prefixes: Iterable[str] | None) -> tuple[str, ...] | None:
+    """Return prefixes as a tuple, or None where the whole model is the generator.
+
+    Raises
+    ------
+    TypeError
+        If they are one string, or not strings.
+    ValueError
+        If there are none, or one is empty.
+    """
+    if prefixes is None:
+        return None
+    if isinstance(prefixes, str):
+        raise TypeError(
+            f"generator_keys must be several prefixes, such as ({prefixes!r},), not one string"
+        )
+    found = tuple(prefixes)
+    if not all(isinstance(prefix, str) for prefix in found):
+        raise TypeError(f"generator_keys must be strings, not {found!r}")
+    if not found or not all(found):
+        raise ValueError(f"generator_keys={found!r}: give at least one prefix, and none that is ''")
+    return found
+
+
+def split(arrays: ArrayRecord, prefixes: tuple[str, ...] | None) -> tuple[ArrayRecord, ArrayRecord]:
+    """Return the generator's arrays, and all others.
+
+    Raises
+    ------
+    ValueError
+        If a prefix is that of no array.
+    """
+    if prefixes is None:
+        return arrays, ArrayRecord()
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in arrays):
+            heads = sorted({name.split(".")[0] + "." * ("." in name) for name in arrays})
+            raise ValueError(
+                f"generator_keys: no array's name begins with {prefix[:80]!r}; the model's begin "
+                f"with {', '.join(head[:80] for head in heads[:20])}"
+            )
+    generative = {n: array for n, array in arrays.items() if n.startswith(prefixes)}
+    others = {n: array for n, array in arrays.items() if n not in generative}
+    return ArrayRecord(generative), ArrayRecord(others)

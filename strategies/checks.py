@@ -1,0 +1,110 @@
+"""What the server checks before anything is trained: that networks and arrays fit together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor, nn
+
+from fl_wb import records
+from fl_wb.networks import MLPCritic, generate, latent_dim_of
+from fl_wb.wgan import critic_loss
+
+
+def check_factory(name: str, factory: object) -> None:
+    """Raise TypeError unless a network is given as a function that makes it."""
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise TypeError(
+            f"{name} must be a factory, a function without arguments that makes the {name}, "
+            f"not {type(factory).__name__}"
+        )
+
+
+def check_networks(
+    arrays: ArrayRecord,
+    generator: Callable[[], nn.Module],
+    critic: Callable[[], nn.Module] | None,
+    latent_dim: int | None,
+) -> nn.Module:
+    """Return a generator that is seen to fit the arrays, the latents and the critic.
+
+    Raises
+    ------
+    ValueError
+        Saying what does not fit.
+    """
+    network = _made("generator", generator)
+    try:
+        state = records.validate(arrays, network.state_dict())
+    except records.InvalidUpload as error:
+        raise ValueError(f"initial_arrays do not fit the generator: {error}") from error
+    dim = latent_dim_of(network, latent_dim)
+    network.load_state_dict(state)
+    try:
+        samples = generate(network, 4, latent_dim=dim)
+    except Exception as error:
+        raise ValueError(f"generator takes no latents (4, {dim}): {error}") from error
+    if not samples.is_floating_point() or len(samples) != 4 or samples.dim() < 2:
+        raise ValueError(
+            f"the generator makes {str(samples.dtype).removeprefix('torch.')} samples "
+            f"{tuple(samples.shape)} of latents (4, {dim}); it must make floating ones (4, ...)"
+        )
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError("the generator has no parameter that can be trained")
+    shape = samples.shape[1:]
+    _check_critic(_made("critic", critic or (lambda: MLPCritic(shape))), samples)
+    return network
+
+
+def check_not_wrapped() -> None:
+    """Refuse to run inside Flower's wrappers for central differential privacy.
+
+    They scale their noise to the sensitivity of a weighted average, and a barycenter is none.
+    A wrapped strategy has no other sign of it than who calls.
+
+    Raises
+    ------
+    ValueError
+        If one of them is among the callers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = type(frame.f_locals.get("self"))
+        if any(kind.__name__.startswith("DifferentialPrivacy") for kind in caller.__mro__):
+            raise ValueError(
+                f"AdaptiveCoalescence cannot run inside {caller.__name__}: the wrapper scales its "
+                "noise to how much one node can move a weighted average, and a barycenter is no "
+                "average, so the privacy that it promises would not be there. Use local "
+                "differential privacy instead: flwr.clientapp.mod.LocalDpMod on the clients"
+            )
+        frame = frame.f_back
+
+
+def _made(name: str, factory: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # what the caller draws next is none of our business
+        network = factory()
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"the {name}'s factory made a {type(network).__name__}, not an nn.Module")
+    return network
+
+
+def _check_critic(critic: nn.Module, samples: Tensor) -> None:
+    shape = tuple(samples.shape)
+    try:
+        with torch.no_grad():
+            scores = critic(samples)
+    except Exception as error:
+        raise ValueError(f"the critic does not take samples {shape}: {error}") from error
+    if not isinstance(scores, Tensor) or tuple(scores.shape) not in {(len(samples),), (4, 1)}:
+        made = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(
+            f"the critic makes scores {made} of samples {shape}, "
+            f"not ({len(samples)},) or ({len(samples)}, 1)"
+        )
+    try:  # the gradient penalty differentiates twice, which not every layer can
+        critic_loss(critic, samples, samples.flip(0), 10.0, torch.Generator()).backward()
+    except Exception as error:
+        raise ValueError(f"the critic cannot be trained on samples {shape}: {error}") from error

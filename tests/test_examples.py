@@ -1,0 +1,156 @@
+"""The examples, before and after the swap: in process always, and one as users run it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import unified_diff
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from flwr.app import Context, RecordDict
+from flwr.serverapp.strategy import Result, Strategy
+
+import fl_wb
+from fl_wb import ternary
+from fl_wb.launcher import launch
+from tests.flower import InProcessGrid
+from tests.toys import ADAPTATION, STAGE, TERNARIZATION
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = ("gan", "vae", "tabular")
+PARTS = ("server", "client")
+SETTINGS = {"num-server-rounds": 2, "local-epochs": 2}
+
+
+@contextmanager
+def example(name: str, version: str) -> Iterator[tuple[ModuleType, ModuleType]]:
+    """Import an example's server and client modules, and forget them again."""
+    package = f"{name}_app"
+    sys.path.insert(0, str(EXAMPLES / name / version))
+    try:
+        yield tuple(importlib.import_module(f"{package}.{part}_app") for part in PARTS)  # type: ignore[misc]
+    finally:
+        sys.path.pop(0)
+        for module in [m for m in sys.modules if m.split(".")[0] == package]:
+            del sys.modules[module]
+
+
+@pytest.fixture
+def results(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
+    """Make every default setting tiny, and collect what strategies return."""
+    monkeypatch.setattr("fl_wb.barycenter.Stage", lambda: STAGE)
+    monkeypatch.setattr("fl_wb.adaptation.Adaptation", lambda: ADAPTATION)
+    monkeypatch.setattr("fl_wb.adaptation.POOL", 100)
+    monkeypatch.setattr("fl_wb.ternary.Ternarization", lambda: TERNARIZATION)
+    found: list[Result] = []
+    start = Strategy.start
+
+    def noted(self: Strategy, *args: Any, **kwargs: Any) -> Result:
+        found.append(start(self, *args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(Strategy, "start", noted)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("version", ["before", "after"])
+def test_an_example_runs(name: str, version: str, results: list[Result]) -> None:
+    # Prepare
+    with example(name, version) as (server, client):
+        grid = InProcessGrid(client.app, nodes=2, run_config=SETTINGS)
+
+        # Execute
+        server.app(grid, Context(7, 1, {}, RecordDict(), dict(SETTINGS)))
+
+        # Assert
+        (result,) = results
+        network = (server.Net if name == "vae" else server.Generator)()
+        network.load_state_dict(result.arrays.to_torch_state_dict())  # strict
+        for server_round in (1, 2):
+            assert "loss" in result.train_metrics_clientapp[server_round]
+            merged = result.train_metrics_clientapp[server_round].get("uploads-merged")
+            assert merged == (2 if version == "after" else None)
+            assert result.evaluate_metrics_clientapp[server_round]
+            figures = result.evaluate_metrics_serverapp[server_round]
+            assert all(0 <= value < 100 for value in figures.values())  # type: ignore[operator]
+
+
+def test_the_tabular_examples_nodes_evaluate_a_ternary_generator(results: list[Result]) -> None:
+    with example("tabular", "after") as (server, client):
+        # Prepare
+        replies = []
+
+        class Watched(InProcessGrid):
+            def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+                found = list(super().send_and_receive(messages, timeout=timeout))
+                replies.extend(m for m in found if m.metadata.message_type == "evaluate")
+                return found
+
+        # Execute
+        server.app(
+            Watched(client.app, 2, SETTINGS), Context(7, 1, {}, RecordDict(), dict(SETTINGS))
+        )
+
+        # Assert
+        assert len(replies) == 4
+        for reply in replies:
+            packed = reply.content["ternary"]["ternary"]
+            network = ternary.unpack(packed, server.Generator())
+            assert len(network.layers[0].weight.unique()) == 3
+            whole = sum(p.numel() for p in network.parameters()) * 4
+            assert len(packed) < whole / 3
+
+
+def files(folder: Path) -> dict[str, list[str]]:
+    return {
+        str(path.relative_to(folder)): path.read_text("utf-8").splitlines(keepends=True)
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".py", ".toml")
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_diff_in_the_readme_is_the_whole_swap(name: str) -> None:
+    before, after = (files(EXAMPLES / name / version) for version in ("before", "after"))
+    assert list(before) == list(after)
+    lines = [
+        line
+        for path in before
+        for line in unified_diff(before[path], after[path], f"before/{path}", f"after/{path}", n=1)
+    ]
+    shown = (EXAMPLES / name / "README.md").read_text("utf-8")
+    assert f"```diff\n{''.join(lines)}```" in shown
+    changed = {path for path in before if before[path] != after[path]}
+    assert all("task" not in path for path in changed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_before_knows_nothing_of_fl_wb(name: str) -> None:
+    assert "fl_wb" not in str(files(EXAMPLES / name / "before"))
+    assert "fl-wb" not in str(files(EXAMPLES / name / "before"))
+
+
+def test_an_example_as_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = str(Path(fl_wb.__file__).parents[1])  # also where FL-WB is not installed
+    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", paths)
+    settings: dict[str, Any] = {"num-server-rounds": 1, "local-epochs": 2}
+    launch(settings, nodes=2, log=tmp_path / "superlink.log", app=EXAMPLES / "gan" / "after")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("version", ["before", "after"])
+def test_an_example_names_what_it_needs(name: str, version: str) -> None:
+    text = (EXAMPLES / name / version / "pyproject.toml").read_text("utf-8")
+    project = tomllib.loads(text)
+    needs = {need.split(">")[0].split("[")[0] for need in project["project"]["dependencies"]}
+    assert needs == {"flwr", "torch", "scikit-learn"} | ({"fl-wb"} if version == "after" else set())
+    assert project["tool"]["flwr"]["app"]["components"]["serverapp"] == f"{name}_app.server_app:app"
