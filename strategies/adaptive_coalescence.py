@@ -21,10 +21,13 @@ from torch import Tensor, nn
 from fl_wb import records
 from fl_wb.barycenter import Stage, recursive_barycenter
 from fl_wb.networks import generate, latent_dim_of
+from fl_wb.screening import outliers
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
 from fl_wb.strategies.role_fedavg import RoleFedAvg
 from fl_wb.wgan import Progress
+
+SCREENED = 256  # samples of each upload that are compared
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,17 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         Overrides the stage's number of generator iterations.
     seed : int
         Same uploads and same seed: same barycenter, bit for bit on the same machine.
-    store : path, optional
+    store : StageStore or path, optional
         Folder of finished and interrupted stages: a server that was killed takes up from there
         when it is started again with the same settings. By default they live in memory.
     device : str
         Where stages are trained, e.g. "cuda".
+    patience : int, optional
+        A node whose upload was dropped in that many rounds in a row is not asked to train again.
+        None: it always is.
+    screening : float, optional
+        Drop uploads whose samples are more than this many times further from the others' than is
+        typical (`fl_wb.screening`; 1.5 does where sources have something in common). None: off.
     callback : callable, optional
         Called during stages with (iteration, iterations in all, losses).
     """
@@ -99,8 +108,10 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         geodesic: str | None = None,
         iterations: int | None = None,
         seed: int = 0,
-        store: str | Path | None = None,
+        store: StageStore | str | Path | None = None,
         device: str = "cpu",
+        patience: int | None = 3,
+        screening: float | None = None,
         callback: Progress | None = None,
     ) -> None:
         super().__init__(
@@ -128,9 +139,13 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self.geodesic = geodesic
         self.iterations = iterations
         self.seed = seed
-        self.store = StageStore(store)
+        self.store = store if isinstance(store, StageStore) else StageStore(store)
         self.device = device
+        if screening is not None and not screening > 1:
+            raise ValueError(f"screening={screening} must be more than 1: typical uploads have 1")
         self.callback = callback
+        self.screening = screening
+        self._patience = patience
         self._initial = ArrayRecord()
         self._template: dict[str, Tensor] = {}
         self._uploads: dict[int, Upload] = {}
@@ -175,6 +190,9 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             if known is None or (known.digest, known.weight) != (upload.digest, upload.weight):
                 self._uploads[node_id] = upload
             kept.append((node_id, content))
+        kept = self._screened(kept)
+        good = {node_id for node_id, _ in kept}
+        self._judge({node_id for node_id, _ in received} - good, good)
         alike = self._alike(kept, "aggregate_train")
         metrics = self.train_metrics_aggr_fn(alike, self.weighted_by_key) if alike else None
         if kept:
@@ -206,6 +224,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self._initial = arrays
         self._template = {name: value.cpu() for name, value in network.state_dict().items()}
         self._uploads = {}
+        self._strikes.clear()
 
     @staticmethod
     def _check_critic(critic: nn.Module, samples: Tensor) -> None:
@@ -230,6 +249,28 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         state = records.validate(arrays[0], self._template)
         records.check_samples(self._network(state), latent_dim=self.latent_dim)
         return Upload(server_round, weight, digest(state), state)
+
+    def _screened(self, kept: list[tuple[int, RecordDict]]) -> list[tuple[int, RecordDict]]:
+        """Drop the uploads, of this round and before, that are too far from the others."""
+        if self.screening is None:
+            return kept
+        nodes = sorted(self._uploads)
+        networks = (self._network(self._uploads[node_id].state) for node_id in nodes)
+        samples = [
+            generate(network, SCREENED, seed=self.seed, latent_dim=self.latent_dim)
+            for network in networks
+        ]
+        for index, far in outliers(samples, threshold=self.screening, seed=self.seed):
+            log(
+                WARNING,
+                "aggregate_train: dropped the upload of node %d: its samples are %.1f times "
+                "further from the others' than is typical (screening=%s)",
+                nodes[index],
+                far,
+                self.screening,
+            )
+            del self._uploads[nodes[index]]
+        return [(node_id, content) for node_id, content in kept if node_id in self._uploads]
 
     def _network(self, state: dict[str, Tensor]) -> nn.Module:
         network = self.generator()
