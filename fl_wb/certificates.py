@@ -77,11 +77,8 @@ def _certificate(
 ) -> x509.Certificate:
     """Sign a certificate of ``hosts``, or, without any, of the authority itself."""
     now = datetime.now(UTC)
-    usage = dict.fromkeys(
-        ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
-        + ("encipher_only", "decipher_only"),
-        False,
-    )
+    unused = "content_commitment key_encipherment data_encipherment key_agreement "
+    usage = dict.fromkeys((unused + "encipher_only decipher_only").split(), False)
     builder = (
         x509.CertificateBuilder()
         .subject_name(subject)

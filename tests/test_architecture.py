@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first. A module imports from its own layer and from those below, never from above.
 MATHEMATICS = (
     {"readers", "storage", "networks", "transport", "checkpoint", "store"},
-    {"wgan", "distillation", "metrics", "features", "datasets", "packing", "screening"},
+    {
+        "wgan",
+        "distillation",
+        "metrics",
+        "features",
+        "datasets",
+        "packing",
+        "screening",
+        "numpy_reader",
+    },
     {"stage", "barycenter", "adaptation", "ternary"},
 )
 LAYERS = (
