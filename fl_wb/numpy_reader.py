@@ -4,8 +4,8 @@
     samples = PackedGenerator("target-0.flwb", shape=(1, 8, 8)).samples(16, seed=0)
 
 It runs the networks that FL-WB ships ("mlp", "conv", "dcgan"). The format is documented in
-docs/ternary-format.md; `fl_wb.packing` reads the same files where torch is at hand. Nothing of FL-WB
-is imported here, on purpose.
+docs/ternary-format.md; `fl_wb.packing` reads the same files where torch is at hand. Nothing of
+FL-WB is imported here, on purpose.
 """
 
 from __future__ import annotations
