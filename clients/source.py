@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from time import perf_counter
 
 import torch
@@ -10,9 +13,13 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fl_wb import records
+from fl_wb.checkpoint import Checkpoint
+from fl_wb.storage import digest
+from fl_wb.store import StageStore
 from fl_wb.wgan import Progress, Training, resample, train_wgan
 
 _GENERATOR, _METRICS = "fl_wb.source.generator", "fl_wb.source.metrics"  # in context.state
+_FIGURE = "figure/"  # in a store, beside the generator's own names
 
 
 def train_source(
@@ -24,6 +31,7 @@ def train_source(
     latent_dim: int | None = None,
     seed: int = 0,
     callback: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
     """Train a generator on a source's own samples.
 
@@ -37,7 +45,7 @@ def train_source(
         The source's data (n, ...), n >= 1; fewer than a batch are drawn with replacement.
     training : Training
         How long and how fast.
-    latent_dim, seed, callback : optional
+    latent_dim, seed, callback, checkpoint : optional
         As in `fl_wb.wgan.train_wgan`.
 
     Returns
@@ -55,17 +63,15 @@ def train_source(
             last.update({f"{name}-loss": float(value) for name, value in losses.items()})
 
     began = perf_counter()
-    with torch.random.fork_rng(devices=[]):  # the critic's initial weights, too, are the seed's
-        torch.manual_seed(seed)
-        critics = [critic()]
     trained = train_wgan(
         generator,
-        critics,
+        [_seeded(critic, seed)],
         [resample(samples)],
         training,
         latent_dim=latent_dim,
         seed=seed,
         callback=listen,
+        checkpoint=checkpoint,
     )
     return trained.generator, {**last, "train-seconds": perf_counter() - began}
 
@@ -79,6 +85,7 @@ def source_train(
     samples: Callable[[], Tensor],
     training: Training,
     again: bool = False,
+    store: StageStore | None = None,
     latent_dim: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -101,6 +108,9 @@ def source_train(
         How long and how fast.
     again : bool
         Train in every round, from the arrays of that round (what FedAvg needs).
+    store : StageStore, optional
+        Keeps the generator, and checkpoints on the way to it, for later runs with the same
+        settings and data: a node or a run that was killed is not trained twice.
     latent_dim, seed, device, callback : optional
         As in `train_source`; the device to train on.
 
@@ -127,19 +137,46 @@ def source_train(
         data = samples()
         if len(data) == 0:
             raise ValueError(f"node {context.node_id} has no samples to train on")
-        trained, figures = train_source(
-            network.to(device),
-            critic,
-            data.to(device),
-            training,
-            latent_dim=latent_dim,
-            seed=seed,
-            callback=callback,
-        )
-        state[_GENERATOR] = records.to_arrays(trained)
+        kept = None if again else store
+        key = _key(network, _seeded(critic, seed), data, training, seed)
+        found = kept.get(key) if kept else None
+        if found is None:
+            trained, figures = train_source(
+                network.to(device),
+                critic,
+                data.to(device),
+                training,
+                latent_dim=latent_dim,
+                seed=seed,
+                callback=callback,
+                checkpoint=kept.checkpoint(key) if kept else None,
+            )
+            found = dict(trained.state_dict())
+            found |= {_FIGURE + n: torch.tensor(v).double() for n, v in sorted(figures.items())}
+            if kept:
+                kept.put(key, found)
+                kept.keep_only([key])
+        arrays = {n: value for n, value in found.items() if not n.startswith(_FIGURE)}
+        figures = {n.removeprefix(_FIGURE): float(found[n]) for n in found if n not in arrays}
+        state[_GENERATOR] = ArrayRecord(arrays)
         state[_METRICS] = MetricRecord({records.WEIGHT: len(data), **figures})
-    arrays = state[_GENERATOR]
-    metrics = state[_METRICS]
-    assert isinstance(arrays, ArrayRecord)
-    assert isinstance(metrics, MetricRecord)
-    return RecordDict({records.ARRAYS: arrays, records.METRICS: metrics})
+    return RecordDict({records.ARRAYS: state[_GENERATOR], records.METRICS: state[_METRICS]})
+
+
+def _seeded(critic: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Make a critic whose initial weights, too, are the seed's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return critic()
+
+
+def _key(network: nn.Module, critic: nn.Module, data: Tensor, training: Training, seed: int) -> str:
+    """Name what a training starts from, so that a store never answers for another one."""
+    went_in = {
+        "generator": digest(network.state_dict()),
+        "critic": digest(critic.state_dict()),
+        "data": digest({"data": data}),
+        "training": asdict(training),
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()

@@ -47,7 +47,7 @@ class Adaptation:
     method: str = "variation"
     anchor: float | None = None
     training: Training = field(
-        default_factory=lambda: Training(iterations=200, warmup=400, critic_steps=10)
+        default_factory=lambda: Training(iterations=200, warmup=300, critic_steps=8)
     )
 
     def __post_init__(self) -> None:  # noqa: D105
@@ -135,7 +135,7 @@ def variation_bank(
     pool: Tensor,
     *,
     near: int = 120,
-    step: int = 36,
+    step: int = 30,
     size: int = 4000,
     seed: int = 0,
 ) -> Tensor:

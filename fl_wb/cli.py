@@ -1,4 +1,4 @@
-"""`fl-wb [overrides]`: Hydra in front of `flwr run`, on Flower's simulation engine.
+"""`fl-wb [overrides]`: Hydra in front of `flwr run`, simulated or with `superlink=NAME` deployed.
 
 `fl-wb data=mnist data.root=FOLDER` is one run, `fl-wb -m seed=0,1,2` a sweep; the output folder is
 Hydra's run directory. Settings, data and networks are checked before anything starts.
@@ -22,8 +22,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from fl_wb import datasets
-from fl_wb.config import CONF, Config, ConfigError, compose
-from fl_wb.launcher import RunFailed, launch
+from fl_wb.config import CONF, Config, ConfigError, check_absolute, compose
+from fl_wb.launcher import RunFailed, launch, submit
 from fl_wb.networks import make_critic, make_generator
 from fl_wb.overrides import parse
 from fl_wb.readers import DataError
@@ -57,25 +57,34 @@ def _job(_: DictConfig) -> None:
     job = HydraConfig.get()
     overrides = list(job.overrides.task)
     config = compose(overrides)
-    if config.data.root is not None:
-        # Nodes work in directories of their own.
-        root = str(Path(config.data.root).expanduser().resolve()).replace("'", "\\'")
-        overrides.append(f"data.root='{root}'")
     output = Path(config.output or job.runtime.output_dir).expanduser().resolve()
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        nodes = len(config.data.sources) + len(config.data.targets)
-        launch(
-            {"overrides": shlex.join(overrides), "output": str(output)},
-            nodes=nodes,
-            log=output / "superlink.log",
-            gpus=1 / nodes if config.device.startswith("cuda") else 0.0,
-        )
+        if config.superlink is not None:
+            # Folders are those of the SuperLink's machine, which may be another one.
+            settings = {"overrides": shlex.join(overrides), "output": config.output or ""}
+            submit(settings, config.superlink)
+        else:
+            _simulate(overrides, config, output)
         _outputs.append((list(job.overrides.task), output))
     except (RunFailed, OSError) as error:
         _failures.append(f"{output}: {error}")
         if job.mode is RunMode.MULTIRUN:
             print(f"fl-wb: {error}; going on with the sweep", file=sys.stderr)
+
+
+def _simulate(overrides: list[str], config: Config, output: Path) -> None:
+    if config.data.root is not None:
+        # Nodes work in directories of their own.
+        root = str(Path(config.data.root).expanduser().resolve()).replace("'", "\\'")
+        overrides = [*overrides, f"data.root='{root}'"]
+    output.mkdir(parents=True, exist_ok=True)
+    nodes = len(config.data.sources) + len(config.data.targets)
+    launch(
+        {"overrides": shlex.join(overrides), "output": str(output)},
+        nodes=nodes,
+        log=output / "superlink.log",
+        gpus=1 / nodes if config.device.startswith("cuda") else 0.0,
+    )
 
 
 def runs(overrides: Sequence[str], *, sweep: bool) -> Iterator[list[str]]:
@@ -138,19 +147,32 @@ def check(config: Config) -> None:
     ConfigError, DataError
         Naming the setting and what is wrong with it.
     """
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={config.device!r}: there is no CUDA device here; use cpu")
-    for index in range(len(config.data.sources)):
-        datasets.source_samples(config.data, index)
-    for index in range(len(config.data.targets)):
-        samples = datasets.target_samples(config.data, index)
-        datasets.held_out(config.data, config.data.targets[index])
-    shape, network = samples.images.shape[1:], config.network
+    if config.superlink is not None:
+        # What other machines have cannot be seen from here, nor what their folders hold.
+        check_absolute(config)
+        if config.data.shape is None and config.data.name != "digits":
+            return
+    else:
+        _check_machine(config)
+    shape, network = datasets.image_shape(config.data), config.network
     try:
         make_generator(network.generator, shape, latent_dim=network.latent_dim, width=network.width)
         make_critic(network.critic, shape, width=network.width)
     except ValueError as error:
         raise ConfigError(f"network.generator={network.generator!r}: {error}") from error
+
+
+def _check_machine(config: Config) -> None:
+    """Refuse a device that is not here, and data that does not suffice for all nodes."""
+    if config.nodes is not None:
+        raise ConfigError("nodes=... is for a superlink; a simulation has those of data.*")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={config.device!r}: there is no CUDA device here; use cpu")
+    for index in range(len(config.data.sources)):
+        datasets.source_samples(config.data, index)
+    for index in range(len(config.data.targets)):
+        datasets.target_samples(config.data, index)
+        datasets.held_out(config.data, config.data.targets[index])
 
 
 if __name__ == "__main__":

@@ -1,30 +1,67 @@
 """The ClientApp: a node is a source, a target, both, or takes no part.
 
 In a simulation the first partitions are the configuration's sources and the next its targets. In
-a deployment a node's ``node_config`` may say ``role`` ("source", "target", "both"); its
-``partition-id`` then counts the nodes of that role, and names the data that it has.
+a deployment a node's ``node_config`` may say
+
+- ``role``: "source", "target" or "both"; ``partition-id`` then counts the nodes of that role;
+- ``data``: the folder of this node's own IDX files or pictures, in place of a part of the run's
+  data; it needs no ``partition-id``;
+- ``cache``: a folder in which a source keeps its generator for later runs;
+- ``device``: where this node trains, in place of the run's ``device``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fl_wb import datasets, records
 from fl_wb.clients import FastAdaptation, source_train, target_evaluate
 from fl_wb.config import Config, from_run_config
 from fl_wb.metrics import train_features
+from fl_wb.storage import digest
+from fl_wb.store import StageStore
 from fl_wb.task import factories
 from fl_wb.tracking import progress
 
 app = ClientApp()
 
 
+@dataclass(frozen=True)
+class Place:
+    """What a node is in a run.
+
+    Attributes
+    ----------
+    role
+        One of `records.ROLES`.
+    index
+        Its number among the nodes of that role.
+    data
+        The folder of its own data; None: its part of the run's.
+    cache
+        The folder of what it keeps between runs; None: nothing.
+    device
+        Where it trains.
+    """
+
+    role: str
+    index: int
+    data: str | None
+    cache: str | None
+    device: str
+
+
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Answer the server's question for this node's role."""
-    role, _ = place(context, from_run_config(context.run_config))
+    role = place(context, from_run_config(context.run_config)).role
     content = RecordDict({records.CONFIG: ConfigRecord({records.ROLE: role})})
     return Message(content, reply_to=message)
 
@@ -32,85 +69,122 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train a generator on this source's data."""
-    config, index = _prepare(context)
+    config, node = _prepare(context)
     generator, critic = factories(config)
     content = source_train(
         message,
         context,
         generator=generator,
         critic=critic,
-        samples=lambda: datasets.source_samples(config.data, index).images,
+        samples=lambda: _source_samples(config, node),
         training=config.client.source,
         # A barycenter merges generators that are finished; averaging needs them to grow together.
         again=config.strategy.name == "fedavg",
-        seed=_seed(config, index),
-        device=config.device,
-        callback=progress(f"source {index}"),
+        store=StageStore(Path(node.cache) / f"source-{node.index}") if node.cache else None,
+        seed=_seed(config, node.index),
+        device=node.device,
+        callback=progress(f"source {node.index}"),
     )
-    content[records.INFO] = ConfigRecord({records.PARTITION: index})
+    content[records.INFO] = ConfigRecord({records.PARTITION: node.index})
     return Message(content, reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Adapt the barycenter to this target's few samples, ternarize it, and evaluate each step."""
-    config, index = _prepare(context)
+    config, node = _prepare(context)
     generator, critic = factories(config)
-    everything, _ = datasets.load(config.data)
+    few, held_out, features = _target_samples(config, node)
     content = target_evaluate(
         message,
         context,
         FastAdaptation(
             generator,
-            lambda _: datasets.target_samples(config.data, index).images,
+            lambda _: few,
             critic=critic,
             adaptation=config.client.adaptation,
             ternarization=config.client.ternarization,
-            seed=_seed(config, len(config.data.sources) + index),
-            device=config.device,
+            seed=_seed(config, len(config.data.sources) + node.index),
+            device=node.device,
         ),
-        datasets.held_out(config.data, config.data.targets[index]).images,
-        train_features(everything.images, everything.labels),
+        held_out,
+        features,
         config.client.evaluation_samples,
     )
-    content.config_records[records.INFO][records.PARTITION] = index
+    content.config_records[records.INFO][records.PARTITION] = node.index
     return Message(content, reply_to=message)
 
 
-def place(context: Context, config: Config) -> tuple[str, int]:
-    """Return a node's role, and its number among the nodes of that role.
+def place(context: Context, config: Config) -> Place:
+    """Return what a node is: its role, its number, its folders and its device.
 
     Raises
     ------
     ValueError
-        If its ``node_config`` says nothing, or nonsense.
+        If its ``node_config`` says too little, or nonsense.
     """
     node, partition = context.node_config, context.node_config.get("partition-id")
+    data, cache = (_folder(context, key) for key in ("data", "cache"))
+    if partition is None and data is not None:
+        # A number that is the same in every run, whatever id a SuperLink gives to the node: the
+        # same data, the same seed, the same generator.
+        own, _ = datasets.load_own(data, config.data)
+        partition = int(digest({"images": own.images})[:12], 16) % 1_000_000
     if not isinstance(partition, int) or partition < 0:
         raise ValueError(
             f"node {context.node_id}: node_config {dict(node)} needs a partition-id (0, 1, ...), "
-            "which says what data it has"
+            "which says what part of the run's data it has, or data, a folder of its own"
         )
+    device = str(node.get("device", config.device))
     role = node.get("role")
     if role is not None:
         if role not in records.ROLES:
             raise ValueError(
                 f"node {context.node_id}: role={role!r} is not one of {', '.join(records.ROLES)}"
             )
-        return str(role), partition
+        return Place(str(role), partition, data, cache, device)
+    if data is not None:
+        return Place(records.BOTH, partition, data, cache, device)
     sources, targets = len(config.data.sources), len(config.data.targets)
     if partition < sources:
-        return records.SOURCE, partition
+        return Place(records.SOURCE, partition, data, cache, device)
     if partition < sources + targets:
-        return records.TARGET, partition - sources
-    return records.NONE, partition
+        return Place(records.TARGET, partition - sources, data, cache, device)
+    return Place(records.NONE, partition, data, cache, device)
 
 
-def _prepare(context: Context) -> tuple[Config, int]:
-    """Return the run's configuration and the node's number, with one thread for computing."""
+def _folder(context: Context, key: str) -> str | None:
+    folder = context.node_config.get(key)
+    if folder is None or Path(str(folder)).is_absolute():
+        return None if folder is None else str(folder)
+    raise ValueError(f"node {context.node_id}: {key}={folder!r} must be an absolute folder")
+
+
+def _source_samples(config: Config, node: Place) -> Tensor:
+    if node.data is None:
+        return datasets.source_samples(config.data, node.index).images
+    return datasets.load_own(node.data, config.data)[0].images
+
+
+def _target_samples(
+    config: Config, node: Place
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]:
+    """Return a target's few samples, its held-out ones, and in what features it compares."""
+    if node.data is None:
+        everything, _ = datasets.load(config.data)
+        few = datasets.target_samples(config.data, node.index).images
+        held_out = datasets.held_out(config.data, config.data.targets[node.index]).images
+        return few, held_out, train_features(everything.images, everything.labels)
+    few_samples, held_out_samples = datasets.load_own(node.data, config.data)
+    # A few images train no classifier: pixels, in which nodes can be compared with each other.
+    return few_samples.images, held_out_samples.images, None
+
+
+def _prepare(context: Context) -> tuple[Config, Place]:
+    """Return the run's configuration and what this node is, with one thread for computing."""
     torch.set_num_threads(1)  # nodes share the cores; and results are the same bit for bit
     config = from_run_config(context.run_config)
-    return config, place(context, config)[1]
+    return config, place(context, config)
 
 
 def _seed(config: Config, node: int) -> int:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from datetime import datetime
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -29,7 +28,8 @@ from fl_wb.adaptation import METHODS, Adaptation
 from fl_wb.barycenter import GEODESICS, STARTS, Stage
 from fl_wb.datasets import DataConfig
 from fl_wb.overrides import ConfigError as ConfigError
-from fl_wb.overrides import check_key, parse, split, words
+from fl_wb.overrides import check_key, option_groups, parse, split, words
+from fl_wb.store import SECONDS_BETWEEN_CHECKPOINTS
 from fl_wb.ternary import Ternarization
 from fl_wb.wgan import Training
 
@@ -66,9 +66,18 @@ class StrategyConfig:
         "adaptive_coalescence", or "fedavg" (Flower's own, for comparison).
     stage
         How two generators are merged (adaptive coalescence only).
+    patience
+        A node whose upload is dropped so many rounds in a row is not asked again; None: it is.
+    screening
+        Drop uploads this many times further from the others than is typical; None: off.
+    checkpoint_seconds
+        A server that is killed loses no more of its stage than this.
     """
 
     name: str = "adaptive_coalescence"
+    patience: int | None = 3
+    screening: float | None = None
+    checkpoint_seconds: float = SECONDS_BETWEEN_CHECKPOINTS
     stage: Stage = field(default_factory=Stage)
 
 
@@ -108,6 +117,11 @@ class Config:
         Absolute folder for what the run leaves; None: `from_run_config` chooses.
     device
         Where the server and the nodes train.
+    superlink
+        Name of a connection in Flower's configuration, to run on its SuperLink and SuperNodes;
+        None: a simulation.
+    nodes
+        How many to wait for; None: one for each of data.sources and data.targets.
     data, network, strategy, client
         The groups of conf/.
     """
@@ -116,6 +130,8 @@ class Config:
     rounds: int = 1
     output: str | None = None
     device: str = "cpu"
+    superlink: str | None = None
+    nodes: int | None = None
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
@@ -126,9 +142,11 @@ RULES: dict[str, limits.Rule] = {
     "seed": limits.at_least(0),
     "rounds": limits.at_least(1),
     "device": limits.DEVICE,
+    "nodes": limits.at_least(1),
     "data.name": limits.one_of("digits", "idx", "images"),
     "data.sources": limits.CLASSES,
     "data.targets": limits.CLASSES,
+    "data.shape": limits.SHAPE,
     "samples_per_class": limits.at_least(1),
     "held_out": limits.share(),
     "network.generator": limits.one_of("mlp", "conv", "dcgan"),
@@ -136,6 +154,9 @@ RULES: dict[str, limits.Rule] = {
     "latent_dim": limits.at_least(1),
     "width": limits.at_least(1),
     "strategy.name": limits.one_of("adaptive_coalescence", "fedavg"),
+    "patience": limits.at_least(1),
+    "screening": limits.above(1),
+    "checkpoint_seconds": limits.at_least(0),
     "geodesic": limits.one_of(*GEODESICS),
     "start": limits.one_of(*STARTS),
     "method": limits.one_of(*METHODS),
@@ -175,14 +196,17 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
     """
     overrides = split(overrides) if isinstance(overrides, str) else list(overrides)
     for override in parse(overrides):
-        check_key(override, _fields(), _groups())
+        check_key(override, _fields(), option_groups(CONF))
     try:
         with _hydra():
             composed = hydra.compose("config", overrides)
         values = dict(_values(OmegaConf.to_container(composed)))
         wrong = limits.violations(values, RULES)
-        if values["data.name"] != "digits" and values["data.root"] is None:
-            wrong.append("data.root must be given: the folder of the data (data.root=FOLDER)")
+        if values["data.name"] != "digits" and not (values["data.root"] or values["data.shape"]):
+            wrong.append(
+                "data.root must be given: the folder of the data (data.root=FOLDER); or "
+                "data.shape, where every node has data of its own"
+            )
         if wrong:
             raise ConfigError("; ".join(wrong))
         return cast(Config, OmegaConf.to_object(composed))
@@ -207,11 +231,22 @@ def from_run_config(run_config: Mapping[str, Any]) -> Config:
     output = str(run_config.get("output", "")) or config.output
     if not output:
         output = str(Path.home() / "fl-wb" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    for key, folder in (("output", output), ("data.root", config.data.root)):
+    config.output = output
+    check_absolute(config)
+    return config
+
+
+def check_absolute(config: Config) -> None:
+    """Refuse folders that mean another one on each machine and in each working directory.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first that is not absolute.
+    """
+    for key, folder in (("output", config.output), ("data.root", config.data.root)):
         if folder is not None and not Path(folder).is_absolute():
             raise ConfigError(f"{key}={folder!r} must be an absolute folder")
-    config.output = output
-    return config
 
 
 def _explain(error: Exception) -> str:
@@ -244,20 +279,6 @@ def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _values(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-@cache
-def _groups() -> dict[str, list[str]]:
-    """Return the groups of conf/ and the options of each."""
-    return {
-        folder.name: sorted(
-            file.name.removesuffix(".yaml")
-            for file in folder.iterdir()
-            if file.name.endswith(".yaml")
-        )
-        for folder in resources.files(CONF).iterdir()
-        if folder.is_dir() and not folder.name.startswith("_")
-    }
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fl_wb.readers import Bytes, DataError, read_idx_folder, read_picture_folder
+from fl_wb.readers import IDX_NAME, Bytes, DataError, read_idx_folder, read_picture_folder
 
 Indices = npt.NDArray[np.int64]
 
@@ -35,6 +35,9 @@ class DataConfig:
         "digits"  # "digits" (bundled 8x8 digits), "idx" (IDX files), "images" (folders of pictures)
     )
     root: str | None = None  # the folder of "idx" and "images"
+    # Shape (c, h, w) of an image. Only needed where the nodes bring data of their own and the
+    # server has none to look at.
+    shape: list[int] | None = None
     # Classes of each source node. Sources that share a class get disjoint images of it.
     sources: list[list[int]] = field(default_factory=lambda: [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
     # Classes of each target node, and how many images of each class it has.
@@ -81,6 +84,37 @@ def load(data: DataConfig) -> tuple[Samples, Samples]:
     if not 0 < data.held_out < 1:
         raise DataError(f"data.held_out={data.held_out} must lie between 0 and 1")
     return _load(data.name, data.root, data.held_out)
+
+
+def load_own(folder: str, data: DataConfig) -> tuple[Samples, Samples]:
+    """Return the training part and the held-out part of a node's own data.
+
+    Parameters
+    ----------
+    folder : str
+        Absolute folder of IDX files, or of class folders of pictures.
+    data : DataConfig
+        Says what share is held out, and what shape every node's images have.
+
+    Raises
+    ------
+    DataError
+        If the folder is not absolute, holds no such data, or images of another shape.
+    """
+    if not Path(folder).is_absolute():
+        raise DataError(f"data={folder!r} of a node must be an absolute folder")
+    files = Path(folder).glob("*")
+    name = "idx" if any(IDX_NAME.match(file.name) for file in files) else "images"
+    train, test = _load(name, folder, data.held_out)
+    shape, expected = tuple(train.images.shape[1:]), image_shape(data)
+    if shape != expected:
+        raise DataError(f"{folder} holds images {shape}, but those of this run are {expected}")
+    return train, test
+
+
+def image_shape(data: DataConfig) -> tuple[int, ...]:
+    """Return the shape (c, h, w) of a run's images, from the settings or else from the data."""
+    return tuple(data.shape) if data.shape else tuple(load(data)[0].images.shape[1:])
 
 
 def source_samples(data: DataConfig, index: int) -> Samples:

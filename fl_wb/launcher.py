@@ -1,4 +1,4 @@
-"""Launching one run on Flower's simulation engine, alone on its own SuperLink.
+"""Launching one run: simulated, alone on its own SuperLink, or on a SuperLink that is there.
 
 Plain `flwr run` shares one background SuperLink among all users of a machine: one port, the working
 directory of whoever started it first, the app's dependencies installed anew for each run, and an
@@ -90,16 +90,52 @@ def launch(
         environment = _environment(home)
         with _superlink(home, environment, log):
             folder = _own_app(home) if app is None else app
-            settings = home / "run.toml"
-            # A JSON string is a TOML string; `--run-config key="..."` could hold no quotation mark.
-            lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in run_config.items()]
-            settings.write_text("".join(lines), encoding="utf-8")
+            settings = _settings(home, run_config)
             size = f"num-supernodes={nodes} client-resources-num-cpus=1"
             if gpus:
                 size += f" client-resources-num-gpus={gpus}"
-            command = ["flwr", "run", str(folder), "--stream", "--run-config", str(settings)]
+            command = ["flwr", "run", str(folder), "--stream", "--run-config", settings]
             run_id = _stream([*command, "--federation-config", size], environment)
             _check_completed(run_id, environment)
+
+
+def submit(run_config: Mapping[str, str], superlink: str, *, app: Path | None = None) -> None:
+    """Run an app on the nodes of a SuperLink; show its log; return when it has completed.
+
+    Interrupted, it leaves the run alone: `flwr log` goes on showing it, `flwr stop` ends it.
+
+    Parameters
+    ----------
+    run_config : mapping of str to str
+        The values of Flower's run config.
+    superlink : str
+        Name of a connection in Flower's own configuration (``flwr config list``).
+    app : path, optional
+        Folder of the app; by default FL-WB itself, which the SuperLink's machine and the nodes
+        then need to have installed.
+
+    Raises
+    ------
+    RunFailed
+        If the run did not complete.
+    """
+    with _home() as home, _interruptible():
+        environment = _environment(home)
+        del environment["FLWR_HOME"]  # the connection stands in the user's
+        environment |= {k: v for k, v in os.environ.items() if k == "FLWR_HOME"}
+        folder = _own_app(home) if app is None else app
+        command = ["flwr", "run", str(folder), superlink, "--stream"]
+        run_id = _stream([*command, "--run-config", _settings(home, run_config)], environment)
+        _check_completed(run_id, environment, superlink)
+
+
+def _settings(home: Path, run_config: Mapping[str, str]) -> str:
+    """Write a run config to a file that `flwr run` reads."""
+    settings = home / "run.toml"
+    # A JSON string is a TOML string; `--run-config key="..."` could hold no quotation mark.
+    lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in run_config.items()]
+    settings.write_text("".join(lines), encoding="utf-8")
+    return str(settings)
 
 
 def _stream(command: list[str], environment: dict[str, str]) -> str:
@@ -129,12 +165,12 @@ def _stream(command: list[str], environment: dict[str, str]) -> str:
     return run_id
 
 
-def _check_completed(run_id: str, environment: dict[str, str]) -> None:
+def _check_completed(run_id: str, environment: dict[str, str], *superlink: str) -> None:
     """Raise unless Flower lists the run as completed (`flwr run --stream` itself exits with 0)."""
     deadline = time.monotonic() + STATUS_SECONDS
     while True:
         listing = subprocess.run(
-            ["flwr", "list", "--run-id", run_id, "--format", "json"],
+            ["flwr", "list", *superlink, "--run-id", run_id, "--format", "json"],
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -59,6 +59,11 @@ CLASSES = Rule(
     "such as [[0,1,2],[3,4]]",
 )
 
+SHAPE = Rule(
+    lambda value: len(value) == 3 and all(size > 0 for size in value),
+    "channels, height and width, such as [1,28,28]",
+)
+
 DEVICE = Rule(
     lambda value: re.fullmatch(r"cpu|mps|cuda(:\d+)?", value) is not None,
     "cpu, mps, cuda, or one CUDA device such as cuda:1",

@@ -8,6 +8,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import cache
+from importlib import resources
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -101,6 +103,20 @@ def check_key(
         )
 
 
+@cache
+def option_groups(package: str) -> dict[str, list[str]]:
+    """Return the groups of a package of YAML files, and the options of each."""
+    return {
+        folder.name: sorted(
+            file.name.removesuffix(".yaml")
+            for file in folder.iterdir()
+            if file.name.endswith(".yaml")
+        )
+        for folder in resources.files(package).iterdir()
+        if folder.is_dir() and not folder.name.startswith("_")
+    }
+
+
 def words(kind: Any) -> str:
     """Return the type of a configuration's field in words."""
     plain = {
@@ -108,6 +124,7 @@ def words(kind: Any) -> str:
         float: "a number",
         str: "a text",
         bool: "true or false",
+        list[int]: "a list of integers, such as [1,28,28]",
         list[list[int]]: "a list of lists of integers, such as [[0,1,2],[3,4]]",
     }
     parts = [part for part in getattr(kind, "__args__", ()) if part is not type(None)]

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import FedAvg
 from fl_wb import records
 from fl_wb.config import Config, from_run_config
 from fl_wb.results import Results
+from fl_wb.store import StageStore
 from fl_wb.strategies import AdaptiveCoalescence, RoleFedAvg
 from fl_wb.task import factories, seeded
 from fl_wb.tracking import Tracker
@@ -46,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
     log(INFO, "Results go to %s", output)
     try:
         strategy = make_strategy(config, results)
-        wait_for_nodes(grid, len(config.data.sources) + len(config.data.targets))
+        wait_for_nodes(grid, config.nodes or len(config.data.sources) + len(config.data.targets))
         result = strategy.start(
             grid=grid,
             initial_arrays=records.to_arrays(seeded(generator, config.seed)),
@@ -79,8 +80,10 @@ def make_strategy(config: Config, results: Results) -> FedAvg:
         critic=critic,
         stage=config.strategy.stage,
         seed=config.seed,
-        store=results.output / "barycenter",
+        store=StageStore(results.output / "barycenter", seconds=config.strategy.checkpoint_seconds),
         device=config.device,
+        patience=config.strategy.patience,
+        screening=config.strategy.screening,
         callback=results.stage,
     )
 

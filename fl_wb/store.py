@@ -28,10 +28,13 @@ class StageStore:
     ----------
     folder : str or Path, optional
         Made when needed. None keeps everything in memory, for as long as the store lives.
+    seconds : float, optional
+        Between two checkpoints; `SECONDS_BETWEEN_CHECKPOINTS` if None.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(self, folder: str | Path | None = None, *, seconds: float | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
+        self.seconds = seconds
         self._memory: dict[str, dict[str, Tensor]] = {}
 
     def get(self, key: str) -> dict[str, Tensor] | None:
@@ -108,8 +111,10 @@ class StageCheckpoint:
         self._store.set_aside(self.key, f"Checkpoint {self.key[:12]} cannot be used: {reason}")
 
     def due(self) -> bool:
-        """Whether `SECONDS_BETWEEN_CHECKPOINTS` have passed."""
-        return time.monotonic() - self._saved >= SECONDS_BETWEEN_CHECKPOINTS
+        """Whether the store's time between two checkpoints has passed."""
+        seconds = self._store.seconds
+        seconds = SECONDS_BETWEEN_CHECKPOINTS if seconds is None else seconds
+        return time.monotonic() - self._saved >= seconds
 
     def save(self, state: dict[str, Tensor]) -> None:
         """Save the state in place of the last one."""

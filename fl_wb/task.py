@@ -14,8 +14,7 @@ from fl_wb.networks import make_critic, make_generator
 
 def factories(config: Config) -> tuple[Callable[[], nn.Module], Callable[[], nn.Module]]:
     """Return what makes a run's generators and critics, which fit its data."""
-    train, _ = datasets.load(config.data)
-    shape, network = tuple(train.images.shape[1:]), config.network
+    shape, network = datasets.image_shape(config.data), config.network
 
     def generator() -> nn.Module:
         return make_generator(

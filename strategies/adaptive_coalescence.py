@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from fl_wb import parts, records
 from fl_wb.barycenter import Stage, recursive_barycenter
+from fl_wb.networks import generate
+from fl_wb.screening import outliers
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
 from fl_wb.strategies.checks import check_factory, check_networks, check_not_wrapped
@@ -29,6 +31,8 @@ from fl_wb.strategies.uploads import Upload, Uploads
 from fl_wb.wgan import Progress
 
 State = dict[str, Tensor]
+
+SCREENED = 256  # samples of each upload that are compared
 
 
 class AdaptiveCoalescence(RoleFedAvg):
@@ -77,11 +81,17 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         Overrides the stage's number of generator iterations.
     seed : int
         Same uploads and same seed: same barycenter, bit for bit on the same machine.
-    store : path, optional
+    store : StageStore or path, optional
         Folder of finished and interrupted stages: a server that was killed takes up from there
         when it is started again with the same settings. By default they live in memory.
     device : str
         Where stages are trained, e.g. "cuda".
+    patience : int, optional
+        A node whose upload was dropped in that many rounds in a row is not asked to train again.
+        None: it always is.
+    screening : float, optional
+        Drop uploads whose samples are more than this many times further from the others' than is
+        typical (`fl_wb.screening`; 1.5 does where sources have something in common). None: off.
     callback : callable, optional
         Called during stages with (iteration, iterations in all, losses).
     """
@@ -108,8 +118,10 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         geodesic: str | None = None,
         iterations: int | None = None,
         seed: int = 0,
-        store: str | Path | None = None,
+        store: StageStore | str | Path | None = None,
         device: str = "cpu",
+        patience: int | None = 3,
+        screening: float | None = None,
         callback: Progress | None = None,
     ) -> None:
         super().__init__(
@@ -138,9 +150,13 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self.geodesic = geodesic
         self.iterations = iterations
         self.seed = seed
-        self.store = StageStore(store)
+        self.store = store if isinstance(store, StageStore) else StageStore(store)
         self.device = device
+        if screening is not None and not screening > 1:
+            raise ValueError(f"screening={screening} must be more than 1: typical uploads have 1")
         self.callback = callback
+        self.screening = screening
+        self._patience = patience
         self._initial = ArrayRecord()
         self._generator: State = {}  # templates of what nodes send: the generator's arrays,
         self._others: State = {}  # and the rest of the model's
@@ -194,6 +210,10 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             self._uploads.put(node_id, upload)
             kept.append((node_id, content))
             others.append((node_id, upload.weight, rest))
+        kept = self._screened(kept)
+        good = {node_id for node_id, _ in kept}
+        others = [other for other in others if other[0] in good]
+        self._judge({node_id for node_id, _ in received} - good, good)
         alike = self._alike(kept, "aggregate_train")
         metrics = self.train_metrics_aggr_fn(alike, self.weighted_by_key) if alike else None
         arrays = None
@@ -216,6 +236,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self._generator = {name: value.cpu() for name, value in network.state_dict().items()}
         self._others = {name: _template(name, array) for name, array in others.items()}
         self._uploads = Uploads()
+        self._strikes.clear()
 
     def _read(self, server_round: int, content: RecordDict) -> tuple[Upload, State]:
         """Check one reply; an InvalidUpload says what is wrong with it."""
@@ -227,6 +248,30 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         rest = {name: state.pop(name) for name in self._others}
         records.check_samples(self._network(state), latent_dim=self.latent_dim)
         return Upload(server_round, weight, digest(state), state), rest
+
+    def _screened(self, kept: list[tuple[int, RecordDict]]) -> list[tuple[int, RecordDict]]:
+        """Drop the uploads, of this round and before, that are too far from the others."""
+        if self.screening is None:
+            return kept
+        uploads = self._uploads.of_nodes()
+        nodes = sorted(uploads)
+        networks = (self._network(uploads[node_id].state) for node_id in nodes)
+        samples = [
+            generate(network, SCREENED, seed=self.seed, latent_dim=self.latent_dim)
+            for network in networks
+        ]
+        for index, far in outliers(samples, threshold=self.screening, seed=self.seed):
+            log(
+                WARNING,
+                "aggregate_train: dropped the upload of node %d: its samples are %.1f times "
+                "further from the others' than is typical (screening=%s)",
+                nodes[index],
+                far,
+                self.screening,
+            )
+            self._uploads.drop(nodes[index])
+        left = self._uploads.of_nodes()
+        return [(node_id, content) for node_id, content in kept if node_id in left]
 
     def _network(self, state: State) -> nn.Module:
         network = self.generator()

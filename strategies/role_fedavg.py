@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from logging import INFO, WARNING
 from math import isfinite
 from typing import Any
@@ -40,6 +40,8 @@ class RoleFedAvg(FedAvg):
         self._mute = False  # the app has no @app.query(): nobody is asked again
         self._sent: list[Message] = []
         self._connected: list[int] = []
+        self._strikes: Counter[int] = Counter()  # rounds in a row whose upload was dropped
+        self._patience: int | None = None  # after so many, a node is not asked to train again
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -84,8 +86,11 @@ class RoleFedAvg(FedAvg):
         self._roles = {
             node_id: self._roles[node_id] for node_id in connected if node_id in self._roles
         }
+        self._strikes = Counter({n: k for n, k in self._strikes.items() if n in connected})
         self._ask_roles(grid, connected)
         able = [n for n in connected if self._roles.get(n, BOTH) in (role, BOTH)]
+        if role == SOURCE and self._patience is not None:
+            able = [n for n in able if self._strikes[n] < self._patience]
         size = min(len(able), max(int(len(able) * fraction), minimum))
         name = "configure_train" if role == SOURCE else "configure_evaluate"
         log(INFO, "%s: Sampled %d nodes (out of %d)", name, size, len(able))
@@ -143,6 +148,20 @@ class RoleFedAvg(FedAvg):
         received = [(_node_of(message, self._sent), message.content) for message in good]
         self._sent = []  # they hold the round's arrays
         return received
+
+    def _judge(self, dropped: Collection[int], kept: Collection[int]) -> None:
+        """Count the rounds in a row in which a node's upload was no use."""
+        for node_id in kept:
+            del self._strikes[node_id]
+        for node_id in dropped:
+            self._strikes[node_id] += 1
+            if self._strikes[node_id] == self._patience:
+                log(
+                    WARNING,
+                    "node %d is not asked to train again: its upload was dropped %d times in a row",
+                    node_id,
+                    self._patience,
+                )
 
     def _weight(self, content: RecordDict) -> float:
         """Return the reply's weight.

@@ -52,6 +52,14 @@ class Uploads:
         if known is None or (known.digest, known.weight) != (upload.digest, upload.weight):
             self._of[node_id] = upload
 
+    def drop(self, node_id: int) -> None:
+        """Forget a node's upload."""
+        del self._of[node_id]
+
+    def of_nodes(self) -> dict[int, Upload]:
+        """Return the uploads that are kept apart, by node id."""
+        return dict(self._of)
+
     def ordered(self) -> list[Upload]:
         """Return what to merge, in an order that no network delay can change."""
         return ([self._folded] if self._folded else []) + _sorted(self._of.values())

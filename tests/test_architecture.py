@@ -12,7 +12,16 @@ ROOT = Path(__file__).parents[1]
 # Lower layers first. A module imports from its own layer and from those below, never from above.
 MATHEMATICS = (
     {"readers", "storage", "networks", "transport", "checkpoint", "store"},
-    {"wgan", "distillation", "metrics", "features", "datasets", "packing"},
+    {
+        "wgan",
+        "distillation",
+        "metrics",
+        "features",
+        "datasets",
+        "packing",
+        "screening",
+        "numpy_reader",
+    },
     {"stage", "barycenter", "adaptation", "ternary", "pairing"},
 )
 LAYERS = (
@@ -20,7 +29,7 @@ LAYERS = (
     {"limits", "overrides", "config", "records", "parts", "tracking"},
     {"strategies", "clients", "results", "task"},
     {"server_app", "client_app"},
-    {"launcher", "cli"},
+    {"launcher", "cli", "certificates"},
 )
 
 

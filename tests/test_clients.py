@@ -225,8 +225,8 @@ def test_a_target_reports_every_step_and_its_packed_generator() -> None:
     ],
 )
 def test_a_nodes_place_in_the_run(node_config: dict[str, Any], expected: tuple[str, int]) -> None:
-    context = Context(7, 11, node_config, RecordDict(), {})
-    assert place(context, Config()) == expected
+    found = place(Context(7, 11, node_config, RecordDict(), {}), Config())
+    assert (found.role, found.index) == expected
 
 
 @pytest.mark.parametrize(

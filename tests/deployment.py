@@ -1,0 +1,203 @@
+"""A SuperLink and SuperNodes on loopback, as processes of their own, for tests.
+
+With TLS and node authentication, on free ports, in a Flower home of their own; whatever a test
+does to them, every process ends with the deployment, by its own id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from fl_wb import certificates
+
+PACKAGE = str(Path(certificates.__file__).parents[1])  # also where FL-WB is not installed
+PATIENCE = 120.0  # seconds; a machine under test may be slow
+
+
+class Deployment:
+    """A SuperLink, its SuperNodes, and the runs that are started on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, folder / "home"
+        self.certificates = folder / "certificates"
+        self.nodes: dict[str, psutil.Process] = {}
+        self._processes: list[psutil.Process] = []
+        self.home.mkdir(parents=True)
+        scripts = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
+        paths = [PACKAGE, os.environ.get("PYTHONPATH", "")]
+        self.environment = os.environ | {
+            "FLWR_HOME": str(self.home),
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "OMP_NUM_THREADS": "1",
+            "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", os.defpath)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def __enter__(self) -> Deployment:
+        """Make certificates and start the SuperLink."""
+        certificates.make(self.certificates, ["127.0.0.1"], nodes=4)
+        try:
+            self._start_superlink()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        """End every process."""
+        self.end()
+
+    def end(self) -> None:
+        """End every process of the deployment, whatever state it is in."""
+        family = []
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):
+                family += [*process.children(recursive=True), process]
+        for signal in ("terminate", "kill"):
+            for process in family:
+                with suppress(psutil.NoSuchProcess):
+                    getattr(process, signal)()
+            _, family = psutil.wait_procs(family, timeout=10)
+
+    def _start_superlink(self) -> None:
+        for _ in range(3):  # another program may take the port first
+            port = free_port()
+            files = self._files("ca.crt", "server.pem", "server.key")
+            superlink = self._start(
+                "superlink",
+                *("flower-superlink", "--port", str(port), "--enable-supernode-auth"),
+                *("--ssl-ca-certfile", files[0], "--ssl-certfile", files[1]),
+                *("--ssl-keyfile", files[2], "--disable-runtime-dependency-installation"),
+            )
+            wait(partial(_answers, superlink, f"https://127.0.0.1:{port}/health", files[0]))
+            if superlink.poll() is None:
+                break
+        self.address = f"127.0.0.1:{port}"
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "lab"\n\n[superlink.lab]\naddress = "{self.address}"\n'
+            f'root-certificates = "{files[0]}"\n',
+            encoding="utf-8",
+        )
+
+    def add(self, name: str, key: int, node_config: str) -> None:
+        """Register a node's key and start its SuperNode."""
+        public, private, ca = self._files(f"node-{key}.pub", f"node-{key}", "ca.crt")
+        self.flwr("supernode", "register", public, "lab")
+        self.nodes[name] = self._start(
+            name,
+            *("flower-supernode", "--superlink", self.address, "--root-certificates", ca),
+            *("--auth-supernode-private-key", private, "--port", str(free_port())),
+            *("--node-config", node_config),
+        )
+
+    def run(self, name: str, *overrides: str) -> psutil.Popen:
+        """Start `fl-wb superlink=lab` in the background; see `log` for what it prints."""
+        command = (sys.executable, "-m", "fl_wb.cli", "superlink=lab", *overrides)
+        return self._start(name, *command)
+
+    def flwr(self, *arguments: str) -> str:
+        """Run the `flwr` command and return what it prints."""
+        done = subprocess.run(
+            ["flwr", *arguments],
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def statuses(self) -> list[str]:
+        """Return the status of every run, the newest first."""
+        listing: dict[str, Any] = json.loads(self.flwr("list", "lab", "--format", "json"))
+        return [run["status"] for run in listing["runs"]]
+
+    def log(self, name: str) -> str:
+        """Return what a process has printed."""
+        return (self.folder / f"{name}.log").read_text("utf-8", errors="replace")
+
+    def kill(self, process: psutil.Process) -> None:
+        """Kill a process (SIGKILL) and all that it started."""
+        for member in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+
+    def serverapp(self) -> psutil.Process | None:
+        """Return the process in which a ServerApp runs, if one does."""
+        return find(self._processes[0], "flwr-serverapp")
+
+    def _start(self, name: str, *command: str) -> psutil.Popen:
+        with (self.folder / f"{name}.log").open("ab") as sink:
+            process = psutil.Popen(
+                command,
+                env=self.environment,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+            )
+        self._processes.append(process)
+        return process
+
+    def _files(self, *names: str) -> list[str]:
+        return [str(self.certificates / name) for name in names]
+
+
+def _answers(superlink: psutil.Popen, url: str, ca: str) -> bool:
+    """Whether a SuperLink answers over TLS, or has ended."""
+    context = ssl.create_default_context(cafile=ca)
+    handlers = (urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+    with suppress(OSError), urllib.request.build_opener(*handlers).open(url, timeout=2):
+        return True
+    return superlink.poll() is not None
+
+
+def find(process: psutil.Process, program: str) -> psutil.Process | None:
+    """Return a descendant of a process that runs a program."""
+    for child in process.children(recursive=True):
+        with suppress(psutil.Error):
+            if any(program in part for part in child.cmdline()[:2]):
+                return child
+    return None
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait(happened: Callable[[], Any], patience: float = PATIENCE) -> Any:
+    """Wait until something is true, and return it."""
+    deadline = time.monotonic() + patience
+    while not (found := happened()):
+        assert time.monotonic() < deadline, f"{happened} did not happen in {patience:.0f} s"
+        time.sleep(0.05)
+    return found

@@ -1,0 +1,155 @@
+"""Bytes from strangers: mutated at random, they end in the documented error and little memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fl_wb import numpy_reader, packing, records
+from fl_wb.networks import MLPGenerator
+from fl_wb.ternary import ternarize
+
+ROUNDS = 2000  # of seeded mutations, each
+SLACK = 2_000_000  # bytes beside a small multiple of the input
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def packed() -> bytes:
+    torch.manual_seed(0)
+    return packing.pack(ternarize(MLPGenerator((1, 4, 4), 4, 8), iterations=1))
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Change, cut, repeat or insert a few bytes."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(changed) or 1)
+        kind = rng.randrange(4)
+        if kind == 0 and changed:
+            changed[at] = rng.randrange(256)
+        elif kind == 1:
+            del changed[at : at + rng.randint(1, 40)]
+        elif kind == 2:
+            changed[at:at] = changed[at : at + rng.randint(1, 40)]
+        else:
+            changed[at:at] = rng.choice([b"9" * 30, b"-1", b"[", b'"', b"\0\0\0\0", b"1e999"])
+    return bytes(changed)
+
+
+def signed(data: bytes) -> bytes:
+    """Make the checksum right, so that what lies behind it is reached."""
+    return data[:-32] + hashlib.sha256(data[:-32]).digest()
+
+
+def read_both(data: bytes) -> None:
+    """Have both readers read; they must agree."""
+    outcomes = []
+    for read, refusal in (
+        (packing.read, packing.PackedFileError),
+        (lambda data: numpy_reader.parse(data)[1], numpy_reader.PackedFileError),
+    ):
+        try:
+            outcomes.append(read(data))
+        except refusal:
+            outcomes.append(None)
+    ours, other = outcomes
+    assert (ours is None) == (other is None)
+    if ours is not None and other is not None:
+        assert all(np.array_equal(ours[k], other[k], equal_nan=True) for k in {**ours, **other})
+
+
+def bounded(act: Callable[[], None], limit: int) -> None:
+    """Assert that something takes no more memory than that, at any time."""
+    tracemalloc.start()
+    try:
+        act()
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+
+
+def test_mutated_packed_files_are_refused(packed: bytes) -> None:
+    rng = random.Random(0)
+    changed = [mutated(packed, rng) for _ in range(ROUNDS)]
+
+    def act() -> None:
+        for data in changed:
+            read_both(data)
+            read_both(signed(data))
+
+    bounded(act, 20 * len(packed) + SLACK)
+
+
+@QUICK
+@given(st.binary(max_size=400))
+def test_any_bytes_behind_a_packed_files_beginning(data: bytes) -> None:
+    read_both(data)
+    read_both(signed(packing.MAGIC + b"\1\0\0\0" + data + bytes(32)))
+
+
+HEADERS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=8,
+)
+
+
+@QUICK
+@given(
+    name=HEADERS, shape=HEADERS, kind=st.sampled_from(["ternary", "float32", "int64"]) | HEADERS,
+    alpha=HEADERS, payload=st.binary(max_size=64),
+)  # fmt: skip
+def test_any_header_of_a_packed_file(
+    name: object, shape: object, kind: object, alpha: object, payload: bytes
+) -> None:
+    entry = {"name": name, "shape": shape, "kind": kind, "alpha": alpha}
+    header = json.dumps({"network": "x", "tensors": [entry]}).encode()
+    prefix = packing.MAGIC + (1).to_bytes(4, "little") + len(header).to_bytes(4, "little")
+    read_both(signed(prefix + header + payload + bytes(32)))
+
+
+TEMPLATE = {"w": torch.zeros(3, 5), "n": torch.zeros((), dtype=torch.int64)}
+
+
+def validate(data: bytes, dtype: str = "float32", shape: tuple[int, ...] = (3, 5)) -> None:
+    count = Array(np.array(1))
+    record = ArrayRecord({"w": Array(dtype, shape, "numpy.ndarray", data), "n": count})
+    try:
+        state = records.validate(record, TEMPLATE)
+    except records.InvalidUpload:
+        return
+    assert {name: (v.shape, v.dtype) for name, v in state.items()} == {
+        name: (v.shape, v.dtype) for name, v in TEMPLATE.items()
+    }
+    assert all(bool(v.isfinite().all()) for v in state.values())
+
+
+def test_mutated_uploads_are_refused_or_harmless() -> None:
+    rng = random.Random(1)
+    data = Array(np.ones((3, 5), np.float32)).data
+    changed = [mutated(data, rng) for _ in range(ROUNDS)]
+
+    def act() -> None:
+        for upload in changed:
+            validate(upload)
+
+    bounded(act, 20 * len(data) + SLACK)
+
+
+@QUICK
+@given(st.binary(max_size=300), st.text(max_size=12), st.lists(st.integers(0, 2**40), max_size=9))
+def test_any_upload(data: bytes, dtype: str, shape: list[int]) -> None:
+    validate(data)
+    validate(b"\x93NUMPY\1\0" + data, dtype)
+    validate(data, dtype, tuple(shape))

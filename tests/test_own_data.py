@@ -1,0 +1,60 @@
+"""Nodes with data of their own, and the certificates of a deployment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import Context, RecordDict
+from PIL import Image
+
+from fl_wb.certificates import make
+from fl_wb.client_app import place
+from fl_wb.config import compose
+from fl_wb.datasets import load_own
+from fl_wb.readers import DataError
+
+
+def folder_of(path: Path, seed: int, size: int = 8) -> Path:
+    rng = np.random.default_rng(seed)
+    for label in (0, 1):
+        (path / str(label)).mkdir(parents=True)
+        for number in range(4):
+            pixels = rng.integers(0, 255, (size, size), np.uint8)
+            Image.fromarray(pixels).save(path / str(label) / f"{number}.png")
+    return path
+
+
+def node(**node_config: str) -> Context:
+    return Context(7, 11, dict(node_config), RecordDict(), {})
+
+
+def test_own_data_needs_no_partition_and_numbers_the_node_alike_in_every_run(
+    tmp_path: Path,
+) -> None:
+    config = compose("data.shape=[1,8,8]")
+    first, other = folder_of(tmp_path / "a", 0), folder_of(tmp_path / "b", 1)
+    found = [place(node(role="source", data=str(f)), config) for f in (first, first, other)]
+    assert found[0] == found[1]
+    assert found[0].index != found[2].index
+    assert place(node(data=str(first)), config).role == "both"
+    assert place(node(data=str(first), device="cuda:1"), config).device == "cuda:1"
+
+
+def test_data_of_another_shape_or_a_relative_folder_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "a", 0, size=9)
+    with pytest.raises(DataError, match=r"images \(1, 9, 9\), but those of this run are \(1, 8"):
+        load_own(str(folder), compose().data)
+    with pytest.raises(ValueError, match="data='here' must be an absolute folder"):
+        place(node(role="source", data="here"), compose())
+
+
+def test_certificates_are_private_and_never_replaced(tmp_path: Path) -> None:
+    make(tmp_path / "keys", ["127.0.0.1", "example.org"], nodes=1)
+    files = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "keys").iterdir()}
+    assert files == dict.fromkeys(
+        ("ca.crt", "server.pem", "server.key", "node-0", "node-0.pub"), 0o600
+    )
+    with pytest.raises(FileExistsError, match="holds certificates already"):
+        make(tmp_path / "keys", ["127.0.0.1"], nodes=1)

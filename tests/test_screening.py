@@ -1,0 +1,109 @@
+"""Screening: sliced distances in closed form, outliers among samples, hostile nodes in rounds."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+from fl_wb.screening import outliers, sliced_wasserstein
+from fl_wb.strategies import AdaptiveCoalescence
+from tests.flower import InProcessGrid
+from tests.toys import STAGE, critic, generator, initial_arrays, reply, seeded_state
+
+HOSTILE = (12, 15)
+
+
+def test_the_distance_of_a_shift_is_its_mean_projection() -> None:
+    # E|<theta, s>| over the unit circle is 2 |s| / pi
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    found = sliced_wasserstein([x, x + torch.tensor([3.0, 4.0])], projections=20_000)
+    assert found[0, 1] == pytest.approx(10 / math.pi, rel=0.02)
+    assert found[0, 0] == 0
+    assert torch.equal(found, found.T)
+
+
+def spread(*centres: float) -> list[torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    return [torch.randn(64, 3, generator=rng) + centre for centre in centres]
+
+
+def test_far_sets_are_found_also_when_they_agree() -> None:
+    sets = spread(0, 0.2, 9, -0.1, 9, 0.1, 0)
+    assert [index for index, _ in outliers(sets, threshold=1.5)] == [2, 4]
+
+
+def test_alike_and_few_sets_are_left_alone() -> None:
+    assert outliers(spread(0, 0.1, -0.1, 0.2), threshold=1.5) == []
+    assert outliers(spread(0, 0, 99), threshold=1.5) == []
+
+
+def test_scale_does_not_matter() -> None:
+    sets = spread(0, 0.2, 9, -0.1, 0)
+    assert [i for i, _ in outliers([1e-6 * part for part in sets], threshold=2)] == [2]
+
+
+def test_one_that_differs_from_all_the_same_is_infinitely_far() -> None:
+    same = torch.zeros(8, 2)
+    assert outliers([same, same, same, same + 1], threshold=2) == [(3, math.inf)]
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.0, math.nan])
+def test_a_threshold_below_the_typical_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="must be more than 1"):
+        outliers(spread(0, 0, 0, 0), threshold=threshold)
+    with pytest.raises(ValueError, match="must be more than 1"):
+        AdaptiveCoalescence(generator=generator, screening=threshold)
+
+
+def hostile_app() -> ClientApp:
+    """Six nodes of one kind; two send generators whose every sample is near a corner."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        state = {name: value.clone() for name, value in seeded_state(context.node_id).items()}
+        if context.node_id in HOSTILE:
+            last = [name for name in state if name.endswith("bias")][-1]
+            state[last] = state[last] + 1.5
+        return reply(message, ArrayRecord(state))
+
+    return app
+
+
+def test_hostile_uploads_are_screened_out_and_their_nodes_no_longer_asked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Prepare
+    grid, clean = InProcessGrid(hostile_app(), nodes=6), InProcessGrid(hostile_app(), nodes=6)
+    for node_id in HOSTILE:
+        del clean.nodes[node_id]
+    settings = {"generator": generator, "critic": critic, "stage": STAGE}
+    start = {"initial_arrays": initial_arrays(), "num_rounds": 3}
+
+    # Execute
+    strategy = AdaptiveCoalescence(**settings, screening=2.0, patience=2)
+    result = strategy.start(grid=grid, **start)
+
+    # Assert: the barycenter of the others, bit for bit
+    expected = AdaptiveCoalescence(**settings).start(grid=clean, **start)
+    for name, array in expected.arrays.items():
+        assert (array.numpy() == result.arrays[name].numpy()).all()
+    dropped = [result.train_metrics_clientapp[n]["uploads-dropped"] for n in (1, 2, 3)]
+    assert dropped == [2, 2, 0]
+    for node_id, node in grid.nodes.items():
+        assert node.received.count("train") == (2 if node_id in HOSTILE else 3)
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert sum("further from the others'" in text for text in said) == 4
+    assert sum("is not asked to train again" in text for text in said) == 2
+
+
+def test_without_screening_hostile_uploads_are_merged() -> None:
+    strategy = AdaptiveCoalescence(generator=generator, critic=critic, stage=STAGE)
+    grid = InProcessGrid(hostile_app(), nodes=6)
+    result = strategy.start(grid=grid, initial_arrays=initial_arrays(), num_rounds=1)
+    assert result.train_metrics_clientapp[1]["uploads-merged"] == 6
