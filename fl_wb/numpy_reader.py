@@ -4,8 +4,8 @@
     samples = PackedGenerator("target-0.flwb", shape=(1, 8, 8)).samples(16, seed=0)
 
 It runs the networks that FL-WB ships ("mlp", "conv", "dcgan"). The format is documented in
-docs/ternary-format.md; `fl_wb.packing` reads the same files where torch is at hand. Nothing of
-FL-WB is imported here, on purpose.
+docs/ternary-format.md; `fl_wb.packing` reads files by the same `parse` where torch is at hand.
+Nothing of FL-WB is imported here, on purpose.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 MAGIC, VERSION = b"FLWBTERN", 1
 NETWORKS = ("MLPGenerator", "ConvGenerator", "DCGANGenerator")
 EPSILON = 1e-5  # of torch's batch normalisation
-_PREFIX = struct.Struct("<8sII")
+PREFIX = struct.Struct("<8sII")
 _SHA = 32
 _BYTES = {"float32": 4, "int64": 8}
 
@@ -100,20 +100,20 @@ def parse(data: bytes) -> tuple[str, dict[str, Array]]:
         If the bytes are damaged or of another version. Nothing is allocated before the checksum
         and every declared size agree with the data.
     """
-    if len(data) < _PREFIX.size + _SHA or data[: len(MAGIC)] != MAGIC:
+    if len(data) < PREFIX.size + _SHA or data[: len(MAGIC)] != MAGIC:
         raise PackedFileError("it is no packed ternary generator, or is cut off at the start")
     body = memoryview(data)[:-_SHA]
     if hashlib.sha256(body).digest() != data[-_SHA:]:
         raise PackedFileError("its checksum does not agree: it is truncated or was altered")
-    _, version, length = _PREFIX.unpack_from(data)
+    _, version, length = PREFIX.unpack_from(data)
     if version != VERSION:
         raise PackedFileError(f"it has version {version}; this program reads version {VERSION}")
     try:
-        header = json.loads(bytes(body[_PREFIX.size : _PREFIX.size + length]))
+        header = json.loads(bytes(body[PREFIX.size : PREFIX.size + length]))
         entries = [_entry(entry) for entry in header["tensors"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise PackedFileError(f"its header cannot be read: {error}") from None
-    payload = body[_PREFIX.size + length :]
+    payload = body[PREFIX.size + length :]
     if sum(size for *_, size in entries) != len(payload):
         raise PackedFileError("its header does not agree with its size")
     if len({name for name, *_ in entries}) != len(entries):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -52,21 +53,10 @@ def signed(data: bytes) -> bytes:
     return data[:-32] + hashlib.sha256(data[:-32]).digest()
 
 
-def read_both(data: bytes) -> None:
-    """Have both readers read; they must agree."""
-    outcomes = []
-    for read, refusal in (
-        (packing.read, packing.PackedFileError),
-        (lambda data: numpy_reader.parse(data)[1], numpy_reader.PackedFileError),
-    ):
-        try:
-            outcomes.append(read(data))
-        except refusal:
-            outcomes.append(None)
-    ours, other = outcomes
-    assert (ours is None) == (other is None)
-    if ours is not None and other is not None:
-        assert all(np.array_equal(ours[k], other[k], equal_nan=True) for k in {**ours, **other})
+def read(data: bytes) -> None:
+    """Read bytes; the documented error is all that may come of it."""
+    with contextlib.suppress(numpy_reader.PackedFileError):
+        numpy_reader.parse(data)
 
 
 def bounded(act: Callable[[], None], limit: int) -> None:
@@ -85,8 +75,8 @@ def test_mutated_packed_files_are_refused(packed: bytes) -> None:
 
     def act() -> None:
         for data in changed:
-            read_both(data)
-            read_both(signed(data))
+            read(data)
+            read(signed(data))
 
     bounded(act, 20 * len(packed) + SLACK)
 
@@ -94,8 +84,8 @@ def test_mutated_packed_files_are_refused(packed: bytes) -> None:
 @QUICK
 @given(st.binary(max_size=400))
 def test_any_bytes_behind_a_packed_files_beginning(data: bytes) -> None:
-    read_both(data)
-    read_both(signed(packing.MAGIC + b"\1\0\0\0" + data + bytes(32)))
+    read(data)
+    read(signed(numpy_reader.MAGIC + b"\1\0\0\0" + data + bytes(32)))
 
 
 HEADERS = st.recursive(
@@ -115,8 +105,8 @@ def test_any_header_of_a_packed_file(
 ) -> None:
     entry = {"name": name, "shape": shape, "kind": kind, "alpha": alpha}
     header = json.dumps({"network": "x", "tensors": [entry]}).encode()
-    prefix = packing.MAGIC + (1).to_bytes(4, "little") + len(header).to_bytes(4, "little")
-    read_both(signed(prefix + header + payload + bytes(32)))
+    prefix = numpy_reader.MAGIC + (1).to_bytes(4, "little") + len(header).to_bytes(4, "little")
+    read(signed(prefix + header + payload + bytes(32)))
 
 
 TEMPLATE = {"w": torch.zeros(3, 5), "n": torch.zeros((), dtype=torch.int64)}

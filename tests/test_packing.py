@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from fl_wb.networks import generate, make_generator
-from fl_wb.packing import PackedFileError, load, pack, read, save, unpack
+from fl_wb.numpy_reader import parse
+from fl_wb.packing import PackedFileError, load, pack, save, unpack
 from fl_wb.ternary import Ternarization, ternarize
 from fl_wb.wgan import Training
 from tests.points import same
@@ -106,7 +107,7 @@ def test_the_format_is_readable_from_its_description_with_numpy_alone():
 
 
 def test_read_gives_plain_arrays():
-    arrays = read(packed())
+    arrays = parse(packed())[1]
     assert list(arrays) == list(ternary().state_dict())
     for name, value in ternary().state_dict().items():
         assert type(arrays[name]) is np.ndarray
@@ -315,15 +316,15 @@ def test_a_forged_header_is_refused():
 
 def test_a_tensor_named_twice_is_refused():
     entry = {"name": "a", "shape": [2, 2], "kind": "ternary", "alpha": 1.0}
-    assert read(crafted({"tensors": [entry]}, b"\x49"))["a"].tolist() == [[1, -1], [0, 1]]
+    assert parse(crafted({"tensors": [entry]}, b"\x49"))[1]["a"].tolist() == [[1, -1], [0, 1]]
     with pytest.raises(PackedFileError, match="twice"):
-        read(crafted({"tensors": [entry, entry]}, b"\x49\x49"))
+        parse(crafted({"tensors": [entry, entry]}, b"\x49\x49"))
 
 
 def test_a_code_that_is_no_weight_is_refused():
     entry = {"name": "a", "shape": [2, 2], "kind": "ternary", "alpha": 1.0}
     with pytest.raises(PackedFileError, match="a holds a code"):
-        read(crafted({"tensors": [entry]}, b"\xc0"))
+        parse(crafted({"tensors": [entry]}, b"\xc0"))
 
 
 def test_a_lying_header_length_is_refused():
@@ -344,7 +345,7 @@ def test_declared_sizes_cost_no_memory(kind: str, shape: list[int]):
     tracemalloc.start()
     try:
         with pytest.raises(PackedFileError):
-            read(data)
+            parse(data)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
