@@ -36,7 +36,7 @@ __all__ = [
     "unpack",
 ]
 
-FIDELITY = 0.85
+FIDELITY = 1.0
 """Weight of E||G(z) - teacher(z)|| in the polishing WGAN's loss, as in `fl_wb.stage`."""
 
 SETTLED = 0.7
@@ -71,12 +71,12 @@ class Ternarization:
         The WGAN-GP that polishes what stays in full precision afterwards.
     """
 
-    iterations: int = 1400
+    iterations: int = 1300
     batch_size: int = 128
     lr: float = 1e-3
     threshold_lr: float = 2e-4
     training: Training = field(
-        default_factory=lambda: Training(iterations=150, warmup=120, generator_lr=1e-3)
+        default_factory=lambda: Training(iterations=150, warmup=150, generator_lr=2e-3)
     )
 
 
