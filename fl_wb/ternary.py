@@ -21,7 +21,8 @@ from torch.nn.utils import parametrize
 
 from fl_wb.distillation import Distillation, distill
 from fl_wb.networks import MLPCritic, device_of, generate, latent_dim_of
-from fl_wb.packing import PackedFileError, load, pack, save, unpack
+from fl_wb.numpy_reader import PackedFileError
+from fl_wb.packing import load, pack, save, unpack
 from fl_wb.wgan import Progress, Training, distance_to, part_of, push_forward, train_wgan
 
 __all__ = [
