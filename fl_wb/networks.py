@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+SLOPE = 0.2  # of the critics' LeakyReLU
+
 
 class MLPGenerator(nn.Module):
     """Fully connected generator for small images and plain vectors.
@@ -113,9 +115,9 @@ class MLPCritic(nn.Module):
         self.net = nn.Sequential(
             nn.Flatten(),
             nn.Linear(math.prod(shape), width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(SLOPE),
             nn.Linear(width, width),
-            nn.LeakyReLU(0.2),
+            nn.LeakyReLU(SLOPE),
             nn.Linear(width, 1),
         )
 
@@ -123,6 +125,21 @@ class MLPCritic(nn.Module):
         """Score samples (n, *shape) as (n,)."""
         scores: Tensor = self.net(x).squeeze(1)
         return scores
+
+    def input_gradient(self, x: Tensor) -> Tensor:
+        """Gradient (n, *shape) of each sample's score at x (n, *shape), written out.
+
+        A chain of transposed layers, each masked by its units' slopes. These are piecewise
+        constant, so that the graph back to the weights needs no forward pass, where autograd's
+        double backward carries zeros through one. A subclass with another `forward` needs another.
+        """
+        first, second, last = (layer for layer in self.net if isinstance(layer, nn.Linear))
+        with torch.no_grad():
+            before = first(x.flatten(1))
+            outer = torch.where(before > 0, 1.0, SLOPE)
+            inner = torch.where(second(before * outer) > 0, 1.0, SLOPE)
+        gradient = (((inner * last.weight) @ second.weight) * outer) @ first.weight
+        return gradient.view_as(x)
 
 
 class DCGANCritic(nn.Module):
@@ -133,7 +150,7 @@ class DCGANCritic(nn.Module):
         channels, height, breadth = _image_shape(shape, multiple=8)
         layers: list[nn.Module] = []
         for narrow, wide in ((channels, width), (width, 2 * width), (2 * width, 4 * width)):
-            layers += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
         layers += [nn.Flatten(), nn.Linear(4 * width * height * breadth // 64, 1)]
         self.net = nn.Sequential(*layers)
 
@@ -230,6 +247,19 @@ def generate(
     z = torch.randn(n, dim, generator=rng)
     with sampling(generator):
         return torch.cat([generator(part.to(device)).cpu() for part in z.split(batch_size)])
+
+
+def input_gradient(critic: nn.Module, x: Tensor) -> Tensor:
+    """Gradient (n, ...) of each sample's score at x (n, ...), differentiable by the weights.
+
+    By the critic's own method ``input_gradient`` where it has one, else by autograd.
+    """
+    written_out: Callable[[Tensor], Tensor] | None = getattr(critic, "input_gradient", None)
+    if written_out is not None:
+        return written_out(x)
+    x = x.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return gradient
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.checkpoint import Checkpoint, TrainingState
-from fl_wb.networks import device_of, latent_dim_of
+from fl_wb.networks import device_of, input_gradient, latent_dim_of
 
 Sampler = Callable[[int, torch.Generator], Tensor]
 """Draws n real samples with the given random generator."""
@@ -62,6 +62,11 @@ class Training:
     critic_lr: float = 1e-3
     penalty: float = 10.0
     ema: float = 0.99
+
+    @property
+    def reals(self) -> int:
+        """Real samples that each critic sees."""
+        return (self.warmup + self.iterations * self.critic_steps) * self.batch_size
 
 
 @dataclass(frozen=True)
@@ -279,8 +284,7 @@ def critic_loss(
     n = len(real)
     scores = critic(torch.cat([fake, real])).reshape(-1)
     mix = torch.rand(n, *[1] * (real.dim() - 1), generator=rng, device=rng.device)
-    between = torch.lerp(fake, real, mix).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    gradient = input_gradient(critic, torch.lerp(fake, real, mix))
     norm = gradient.flatten(1).norm(dim=1)
     loss: Tensor = scores[:n].mean() - scores[n:].mean() + penalty * (norm - 1).square().mean()
     return loss

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from fl_wb.networks import (
     CRITICS,
     GENERATORS,
+    MLPCritic,
     generate,
+    input_gradient,
     latent_dim_of,
     make_critic,
     make_generator,
@@ -141,3 +143,20 @@ def test_a_state_dict_moves_between_equal_networks():
     other.load_state_dict(one.state_dict())
     z: Tensor = torch.randn(3, 32)
     assert other(z).equal(one(z))
+
+
+def test_the_written_out_gradient_is_that_of_autograd():
+    torch.manual_seed(0)
+    critic, x = MLPCritic((1, 8, 8)), torch.randn(16, 1, 8, 8)
+
+    def penalty_and_its_gradients(network: nn.Module) -> list[torch.Tensor]:
+        gradient = input_gradient(network, x)
+        penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+        weights = [p for name, p in network.named_parameters() if name.endswith("weight")]
+        return [gradient, penalty, *torch.autograd.grad(penalty, weights)]
+
+    by_hand = penalty_and_its_gradients(critic)
+    by_autograd = penalty_and_its_gradients(critic.net)  # a Sequential, which has no such method
+    for ours, theirs in zip(by_hand, by_autograd, strict=True):
+        assert ours.shape == theirs.shape
+        assert torch.allclose(ours, theirs, atol=1e-6)
