@@ -134,6 +134,7 @@ def variation_bank(
     samples: Tensor,
     pool: Tensor,
     *,
+    partners: int = 3,
     near: int = 120,
     step: int = 30,
     size: int = 4000,
@@ -141,7 +142,8 @@ def variation_bank(
 ) -> Tensor:
     """Widen a few real samples by the variation among a generator's samples.
 
-    For a real sample x pick y1 among its `near` nearest of the pool and y2 among the `step`
+    For a real sample, x lies up to halfway between it and one of its `partners` nearest other
+    real samples. Pick y1 among the sample's `near` nearest of the pool, and y2 among the `step`
     nearest pool samples of y1; then x' = x + (y2 - y1), clipped to the values that occur.
     The generator knows how samples vary also where its classes are not the target's. No labels.
 
@@ -152,8 +154,8 @@ def variation_bank(
     pool : Tensor
         Samples (N, ...) of the start generator. The larger, the smaller and the likelier are
         the differences between neighbours.
-    near, step : int
-        Sizes of the two neighbourhoods.
+    partners, near, step : int
+        Sizes of the three neighbourhoods.
     size : int
         How many widened samples to make.
     seed : int
@@ -165,18 +167,25 @@ def variation_bank(
         Widened samples (size, ...).
     """
     rng = torch.Generator(pool.device).manual_seed(seed)
-    flat = pool.flatten(1)
-    near, step = min(near, len(pool)), min(step, len(pool) - 1)
+    few, flat = samples.flatten(1), pool.flatten(1)
     which = torch.arange(size, device=pool.device) % len(samples)
-    neighbours = torch.cdist(samples.flatten(1), flat).topk(near, largest=False).indices
-    y1 = _pick_one(neighbours[which], rng)
+    x = samples[which]
+    if len(samples) > 1:
+        partner = _pick_one(_nearest(few, few, partners + 1)[:, 1:][which], rng)
+        share = torch.rand(size, *[1] * (x.dim() - 1), generator=rng, device=rng.device) / 2
+        x = torch.lerp(x, samples[partner], share.to(x.dtype))
+    y1 = _pick_one(_nearest(few, flat, near)[which], rng)
     # In parts: the whole matrix of distances may not fit a small device. The nearest is y1 itself.
-    steps = [
-        torch.cdist(p, flat).topk(step + 1, largest=False).indices for p in flat[y1].split(500)
-    ]
-    y2 = _pick_one(torch.cat(steps)[:, 1:], rng)
+    y2 = _pick_one(
+        torch.cat([_nearest(p, flat, step + 1) for p in flat[y1].split(500)])[:, 1:], rng
+    )
     low, high = min(pool.min(), samples.min()), max(pool.max(), samples.max())
-    return (samples[which] + pool[y2] - pool[y1]).clamp(low, high)
+    return (x + pool[y2] - pool[y1]).clamp(low, high)
+
+
+def _nearest(rows: Tensor, others: Tensor, k: int) -> Tensor:
+    """Return the indices (n, k) of the k rows of `others` nearest to each row (n, d)."""
+    return torch.cdist(rows, others).topk(min(k, len(others)), largest=False).indices
 
 
 def _pick_one(choices: Tensor, rng: torch.Generator) -> Tensor:

@@ -114,20 +114,33 @@ def test_variation_is_the_pool_s_own():
     pool = torch.cat(
         [torch.randn(100, 2, generator=rng) * 0.1, 50 + torch.randn(100, 2, generator=rng)]
     )
-    samples = torch.tensor([[20.0, 0.0], [30.0, 40.0]])  # near the first cluster, the second
-
-    bank = variation_bank(samples, pool, near=60, step=30, size=len(pool))
-
-    assert bank.shape == pool.shape
-    turns = torch.arange(200) % 2
-    differences = bank - samples[turns]
     pairs = (pool.unsqueeze(0) - pool.unsqueeze(1)).reshape(-1, 2)
-    nearest = torch.cdist(differences.double(), pairs.double()).min(1).values
-    assert nearest.max() < 1e-5  # rounded when it was added to the sample
+    largest = []
+    for sample in (torch.tensor([[20.0, 5.0]]), torch.tensor([[30.0, 40.0]])):  # nearer to one each
+        bank = variation_bank(sample, pool, near=60, step=30, size=100)
+
+        assert bank.shape == (100, 2)
+        differences = bank - sample
+        nearest = torch.cdist(differences.double(), pairs.double()).min(1).values
+        assert nearest.max() < 1e-5  # rounded when it was added to the sample
+        assert differences.norm(dim=1).min() > 0  # y2 is never y1
+        largest.append(differences.abs().max())
     # the first sample varies as little as its own cluster does, the second as much as its own
-    assert differences[turns == 0].abs().max() < 1
-    assert differences[turns == 1].abs().max() > 1
-    assert differences.norm(dim=1).min() > 0  # y2 is never y1
+    assert largest[0] < 1 < largest[1]
+
+
+def test_variation_starts_up_to_halfway_to_a_near_sample():
+    few = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
+    pool = torch.stack([torch.zeros(2), torch.full((2,), 9.0)]).repeat_interleave(100, 0)
+
+    bank = variation_bank(few, pool, partners=2, near=50, step=50, size=400)
+
+    # the pool's neighbours are equal, so that nothing but the start varies
+    first = bank[::4]  # from (0, 0), whose two nearest are (1, 0) and (0, 1)
+    assert first.min() == 0 and first.prod(1).max() == 0
+    assert first.amax(0).min() > 0.4 and first.max() <= 0.5
+    last = bank[3::4] - few[3]  # from (9, 9): a near sample is never the sample itself
+    assert last.norm(dim=1).max() > 3 and last.max() <= 0
 
 
 def test_neighbours_are_as_many_as_asked_for():
