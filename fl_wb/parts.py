@@ -6,7 +6,7 @@ clients tell the two apart here, alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from flwr.app import ArrayRecord
 
@@ -55,3 +55,25 @@ def split(arrays: ArrayRecord, prefixes: tuple[str, ...] | None) -> tuple[ArrayR
     generative = {n: array for n, array in arrays.items() if n.startswith(prefixes)}
     others = {n: array for n, array in arrays.items() if n not in generative}
     return ArrayRecord(generative), ArrayRecord(others)
+
+
+def own(arrays: ArrayRecord, names: Collection[str]) -> tuple[ArrayRecord, str]:
+    """Give a generator's arrays the generator's own names, where the model's are longer.
+
+    A generator that is the attribute ``model.generator`` of what the clients train has arrays
+    ``model.generator.0.weight`` there, and ``0.weight`` in a factory that makes it alone.
+
+    Returns
+    -------
+    ArrayRecord
+        Under the generator's own names; the same one if these fit in no way.
+    str
+        What stood before them: "model.generator.", or "".
+    """
+    first = min(arrays, default="")
+    heads = ["", *(first[: i + 1] for i, letter in enumerate(first) if letter == ".")]
+    for head in heads:
+        found = {name.removeprefix(head): array for name, array in arrays.items()}
+        if all(name.startswith(head) for name in arrays) and not found.keys().isdisjoint(names):
+            return ArrayRecord(found), head
+    return arrays, ""

@@ -60,7 +60,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     generator : callable
         Factory: makes a generator, an ``nn.Module`` from latents (n, latent_dim) to samples
         (n, ...), whose state dict has the names and shapes of `initial_arrays`, or of those of
-        them that `generator_keys` select.
+        them that `generator_keys` select. A beginning that all of their names share, such as
+        "model.generator.", may be missing from its own.
     critic : callable, optional
         Factory: makes a critic, an ``nn.Module`` from samples to (n,) or (n, 1). By default a
         multilayer perceptron.
@@ -160,6 +161,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self._initial = ArrayRecord()
         self._generator: State = {}  # templates of what nodes send: the generator's arrays,
         self._others: State = {}  # and the rest of the model's
+        self._head = ""  # what the model's names have before the generator's own
         self._uploads = Uploads()
 
     def summary(self) -> None:
@@ -233,7 +235,9 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         generative, others = parts.split(arrays, self.generator_keys)
         network = check_networks(generative, self.generator, self.critic, self.latent_dim)
         self._initial = arrays
-        self._generator = {name: value.cpu() for name, value in network.state_dict().items()}
+        own = network.state_dict()
+        self._head = parts.own(generative, own)[1]
+        self._generator = {self._head + name: value.cpu() for name, value in own.items()}
         self._others = {name: _template(name, array) for name, array in others.items()}
         self._uploads = Uploads()
         self._strikes.clear()
@@ -246,6 +250,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             raise records.InvalidUpload(f"it has {len(arrays)} ArrayRecords instead of one")
         state = records.validate(arrays[0], {**self._generator, **self._others})
         rest = {name: state.pop(name) for name in self._others}
+        state = {name.removeprefix(self._head): value for name, value in state.items()}
         records.check_samples(self._network(state), latent_dim=self.latent_dim)
         return Upload(server_round, weight, digest(state), state), rest
 
@@ -313,6 +318,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
 
     def _whole(self, generator: State, others: Sequence[tuple[int, float, State]]) -> ArrayRecord:
         """Put the merged generator and the average of all other arrays into one model."""
+        generator = {self._head + name: value for name, value in generator.items()}
         if not self._others:
             return records.like(generator, self._initial)
         replies = [

@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
-from fl_wb import records
+from fl_wb import parts, records
 from fl_wb.networks import MLPCritic, generate, latent_dim_of
 from fl_wb.wgan import critic_loss
 
@@ -37,8 +37,9 @@ def check_networks(
         Saying what does not fit.
     """
     network = _made("generator", generator)
+    own = network.state_dict()
     try:
-        state = records.validate(arrays, network.state_dict())
+        state = records.validate(parts.own(arrays, own)[0], own)
     except records.InvalidUpload as error:
         raise ValueError(f"initial_arrays do not fit the generator: {error}") from error
     dim = latent_dim_of(network, latent_dim)
@@ -46,7 +47,10 @@ def check_networks(
     try:
         samples = generate(network, 4, latent_dim=dim)
     except Exception as error:
-        raise ValueError(f"generator takes no latents (4, {dim}): {error}") from error
+        raise ValueError(
+            f"generator takes no latents (4, {dim}): {error}. If it wants another latent_dim, set "
+            "that; if it wants latents of another form, reshape them in a subclass's forward"
+        ) from error
     if not samples.is_floating_point() or len(samples) != 4 or samples.dim() < 2:
         raise ValueError(
             f"the generator makes {str(samples.dtype).removeprefix('torch.')} samples "
