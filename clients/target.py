@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
 
 from flwr.app import (
+    ArrayRecord,
     ConfigRecord,
     Context,
     Message,
@@ -106,7 +107,9 @@ class FastAdaptation:
         made = self._made(start, self.few(context, start), context)
         content = dict(message.content)
         whole = message.content.array_records[self.arrayrecord_key]
-        state = {**whole.to_torch_state_dict(), **made.state_dict()}
+        head = self._arrays(message, context, made)[1]
+        own = {head + name: value for name, value in made.state_dict().items()}
+        state = {**whole.to_torch_state_dict(), **own}
         content[self.arrayrecord_key] = records.like(state, whole)
         message.content = RecordDict(content)
         reply = call_next(message, context)
@@ -120,6 +123,21 @@ class FastAdaptation:
 
     def start(self, message: Message, context: Context) -> nn.Module:
         """Return the generator that a message carries."""
+        network = self.generator()
+        if self.ternarize:  # what cannot be is said before anything is trained
+            list(ternary.ternarizable(network))
+        arrays, _ = self._arrays(message, context, network)
+        try:
+            return records.load(arrays, network).to(self.device)
+        except records.InvalidUpload as error:
+            raise ValueError(
+                f"the server's generator does not fit that of node {context.node_id}: {error}"
+            ) from error
+
+    def _arrays(
+        self, message: Message, context: Context, network: nn.Module
+    ) -> tuple[ArrayRecord, str]:
+        """Return the generator's arrays, and what their names in the message begin with."""
         found = message.content.array_records
         if self.arrayrecord_key not in found:
             raise ValueError(
@@ -127,12 +145,7 @@ class FastAdaptation:
                 f"{self.arrayrecord_key!r}, only {sorted(found)}: set arrayrecord_key"
             )
         arrays, _ = parts.split(found[self.arrayrecord_key], self._prefixes)
-        try:
-            return records.load(arrays, self.generator()).to(self.device)
-        except records.InvalidUpload as error:
-            raise ValueError(
-                f"the server's generator does not fit that of node {context.node_id}: {error}"
-            ) from error
+        return parts.own(arrays, network.state_dict())
 
     def _made(self, start: nn.Module, few: Tensor, context: Context) -> nn.Module:
         """Return the generator for this node, from ``context.state`` if it is there."""

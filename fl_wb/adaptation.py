@@ -12,12 +12,12 @@ alone memorises them, so two things are ours here:
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from fl_wb.isolation import copy_of
 from fl_wb.networks import MLPCritic, device_of, generate
 from fl_wb.transport import energy_distance
 from fl_wb.wgan import Progress, Regularizer, Training, distance_to, resample, train_wgan
@@ -101,7 +101,7 @@ def adapt(
     """
     settings = settings or Adaptation()
     home = device_of(generator)
-    start = deepcopy(generator).to(device or home).eval().requires_grad_(False)
+    start = copy_of(generator).to(device or home).eval().requires_grad_(False)
     pool = generate(start, POOL, seed=seed, latent_dim=latent_dim)
     _check_samples(samples, pool)
     training = settings.training
@@ -118,7 +118,7 @@ def adapt(
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
-        deepcopy(start).requires_grad_(True),
+        copy_of(start).requires_grad_(True),
         [fresh],
         [real],
         training,

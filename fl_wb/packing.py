@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fl_wb.isolation import copy_of
 from fl_wb.numpy_reader import MAGIC, PREFIX, VERSION, PackedFileError, parse
 from fl_wb.storage import write_atomic
 
@@ -92,7 +92,7 @@ def unpack(data: bytes, generator: nn.Module) -> nn.Module:
         If the bytes are damaged, or are of another version or network.
     """
     _, state = parse(data)
-    loaded = deepcopy(generator)
+    loaded = copy_of(generator)
     own = {name: tensor.shape for name, tensor in loaded.state_dict().items()}
     for name in [*own, *state]:
         if name not in state or name not in own or own[name] != state[name].shape:

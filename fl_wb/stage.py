@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fl_wb.distillation import Distillation, distill
+from fl_wb.isolation import copy_of
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
 from fl_wb.transport import displacement
@@ -142,7 +142,7 @@ class Merge:
 
     def place(self, generator: nn.Module) -> nn.Module:
         """Copy a generator to the device, frozen, in the mode in which it is sampled."""
-        return deepcopy(generator).to(self.device).eval().requires_grad_(False)
+        return copy_of(generator).to(self.device).eval().requires_grad_(False)
 
     def run(
         self, previous: nn.Module, new: nn.Module, t: float, callback: Progress | None

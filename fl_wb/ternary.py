@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fl_wb.distillation import Distillation, distill
+from fl_wb.isolation import copy_of
 from fl_wb.networks import MLPCritic, device_of, generate, latent_dim_of
 from fl_wb.numpy_reader import PackedFileError
 from fl_wb.packing import load, pack, save, unpack
@@ -119,9 +119,21 @@ def mean_above(ratio: Tensor) -> Tensor:
 
 
 def ternarizable(generator: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, layer) of every layer whose weight is ternarized."""
+    """Yield (name, layer) of every layer whose weight is ternarized.
+
+    Raises
+    ------
+    ValueError
+        If a layer computes its weight from other parameters, which three values cannot replace.
+    """
     for name, layer in generator.named_modules():
         if isinstance(layer, LAYERS):
+            if "weight" not in layer._parameters:
+                raise ValueError(
+                    f"the weight of layer {name!r} of {type(generator).__name__} is no parameter "
+                    "but computed from others (weight_norm, spectral_norm, pruning), and cannot "
+                    "be ternarized: make the generator without that, or set ternarize=False"
+                )
             yield name, layer
 
 
@@ -173,7 +185,7 @@ def ternarize(
     settings = settings or Ternarization()
     if iterations is not None:
         settings = replace(settings, iterations=iterations)
-    teacher = deepcopy(generator).to(device or device_of(generator)).eval().requires_grad_(False)
+    teacher = copy_of(generator).to(device or device_of(generator)).eval().requires_grad_(False)
     total = settings.iterations + settings.training.iterations
     first = part_of(callback, 0, total)
     then = part_of(callback, settings.iterations, total)
@@ -194,7 +206,7 @@ def _distilled(
 ) -> nn.Module:
     """Learn weights and thresholds together, latent by latent, from the teacher."""
     # in training mode: ternary weights give other activations, whose statistics are taken anew
-    student = deepcopy(teacher).train().requires_grad_(True)
+    student = copy_of(teacher).train().requires_grad_(True)
     layers = [layer for _, layer in ternarizable(student)]
     if not layers:
         raise ValueError(
@@ -229,7 +241,7 @@ def _distilled(
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     # A copy, because a weight whose parametrization was removed comes last in its layer's state,
     # and many a Flower app sends a state's values in order, without their names.
-    plain = deepcopy(teacher)
+    plain = copy_of(teacher)
     plain.load_state_dict(student.state_dict())
     return plain
 
