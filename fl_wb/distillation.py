@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.checkpoint import Checkpoint, TrainingState
+from fl_wb.isolation import own_random_numbers
 from fl_wb.networks import device_of, latent_dim_of
 from fl_wb.transport import energy_distance
 from fl_wb.wgan import Progress
@@ -89,7 +90,8 @@ def distill(
         z = torch.randn(settings.batch_size, dim, generator=rng, device=rng.device)
         with torch.no_grad():
             target = teacher(z)
-        samples = student(z)
+        with own_random_numbers(seed + state.iteration):
+            samples = student(z)
         distance = (samples - target).abs().mean() * math.sqrt(target[0].numel())
         loss = distance + ENERGY * energy_distance(samples, target)
         adam.zero_grad()

@@ -1,9 +1,8 @@
 """WGAN-GP: the one training loop, one generator against one or more critics.
 
 Every WGAN of the project runs here: a source's pre-training (one critic, its own data), a stage
-of the barycenter (one or two critics, samples of generators) and a target's adaptation (one
-critic, few samples, a regulariser). Gulrajani et al., "Improved Training of Wasserstein GANs"
-(NeurIPS 2017):
+of the barycenter (one or two critics, samples of generators) and a target's adaptation (one critic,
+few samples, a regulariser). Gulrajani et al., "Improved Training of Wasserstein GANs", 2017:
 
     min_G mean_j max_{psi_j} E_{x ~ mu_j} psi_j(x) - E_z psi_j(G(z)) - rho E (||grad psi_j|| - 1)^2
 """
@@ -11,13 +10,13 @@ critic, few samples, a regulariser). Gulrajani et al., "Improved Training of Was
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fl_wb.checkpoint import Checkpoint, TrainingState
+from fl_wb.isolation import copy_of, own_random_numbers
 from fl_wb.networks import device_of, input_gradient, latent_dim_of
 
 Sampler = Callable[[int, torch.Generator], Tensor]
@@ -164,9 +163,11 @@ def train_wgan(
     """
     loop = _Loop(generator, critics, reals, training, latent_dim, seed, regularizer)
     if not (checkpoint and loop.state.resume(checkpoint)):
-        loop.critic_phase(training.warmup)
+        with own_random_numbers(seed):
+            loop.critic_phase(training.warmup)
     while loop.state.iteration < training.iterations:
-        losses = loop.step()
+        with own_random_numbers(seed + 1 + loop.state.iteration):
+            losses = loop.step()
         if checkpoint:
             loop.state.save_if_due(checkpoint)
         if callback:
@@ -198,9 +199,9 @@ class _Loop:
             raise ValueError(f"{len(critics)} critics for {len(reals)} real measures")
         self.dim = latent_dim_of(generator, latent_dim)
         device = device_of(generator)
-        self.generator = deepcopy(generator)
+        self.generator = copy_of(generator)
         self.trained = [p for p in self.generator.parameters() if p.requires_grad]
-        self.critics = [deepcopy(c).to(device).train().requires_grad_(True) for c in critics]
+        self.critics = [copy_of(c).to(device).train().requires_grad_(True) for c in critics]
         self.reals, self.training, self.regularizer = reals, training, regularizer
         self.rng = torch.Generator(device).manual_seed(seed)
         self.ema = MovingAverage(self.generator, training.ema)
@@ -259,7 +260,7 @@ class MovingAverage:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        self.average, self.decay = deepcopy(module), decay
+        self.average, self.decay = copy_of(module), decay
         self.average.requires_grad_(False)
 
     @torch.no_grad()
