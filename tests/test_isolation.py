@@ -81,8 +81,11 @@ def test_a_copy_of_a_network_that_was_just_used_is_a_network_of_its_own() -> Non
         nn.utils.spectral_norm,
     ],
 )
-def test_normalised_weights_are_merged_and_adapted_and_dropout_follows_the_seed(norm) -> None:
+def test_normalised_weights_are_merged_and_adapted_and_dropout_follows_the_seed(
+    norm: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Prepare
+    monkeypatch.setattr("fl_wb.adaptation.POOL", 100)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older ones are deprecated, and in wide use
         generators = [made(seed, lambda: Wrapped(norm)) for seed in (0, 1)]

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from fl_wb import ternary
+from fl_wb import parts, ternary
 from fl_wb.barycenter import recursive_barycenter
 from fl_wb.clients import FastAdaptation
 from fl_wb.pairing import fit_encoder
@@ -24,6 +24,12 @@ KEYS = ("fc3.", "decoder.")
 LATENT = 3
 WEIGHTS = {11: 1.0, 12: 3.0, 13: 2.0}
 State = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapt with few samples of the start: their number is no concern of these tests."""
+    monkeypatch.setattr("fl_wb.adaptation.POOL", 100)
 
 
 class Net(nn.Module):
@@ -62,12 +68,16 @@ def generative(state: State) -> State:
     return {name: value for name, value in state.items() if name.startswith(KEYS)}
 
 
-def app(spoil: Any = None) -> ClientApp:
+def headed(state: State, head: str) -> State:
+    return {head + name: value for name, value in state.items()}
+
+
+def app(spoil: Any = None, head: str = "") -> ClientApp:
     made = ClientApp()
 
     @made.train()
     def train(message: Message, context: Context) -> Message:
-        state = state_of(context.node_id)
+        state = headed(state_of(context.node_id), head)
         if spoil and context.node_id == 13:
             spoil(state)
         return reply(message, ArrayRecord(state), WEIGHTS[context.node_id])
@@ -80,10 +90,10 @@ def strategy(**arguments: Any) -> AdaptiveCoalescence:
     return AdaptiveCoalescence(**settings | {"generator_keys": KEYS} | arguments)
 
 
-def start(strategy: FedAvg, client: ClientApp | None = None, rounds: int = 1) -> ArrayRecord:
+def start(strategy: FedAvg, client: ClientApp | None = None, head: str = "") -> ArrayRecord:
     grid = InProcessGrid(client or app(), nodes=3)
-    initial = ArrayRecord(state_of(0))
-    return strategy.start(grid=grid, initial_arrays=initial, num_rounds=rounds).arrays
+    initial = ArrayRecord(headed(state_of(0), head))
+    return strategy.start(grid=grid, initial_arrays=initial, num_rounds=1).arrays
 
 
 def test_the_part_is_coalesced_and_the_rest_is_averaged() -> None:
@@ -114,6 +124,36 @@ def test_the_part_is_coalesced_and_the_rest_is_averaged() -> None:
     assert list(found) == list(state_of(0))
     assert int(found["encoder.1.num_batches_tracked"].numpy()) == 12  # of 11, 12, 12, 12, 13, 13
     Net().load_state_dict(found.to_torch_state_dict())  # strict
+
+
+def test_the_models_names_may_begin_with_more_than_the_generators_own() -> None:
+    head = "trainer.model."
+    keys = tuple(head + key for key in KEYS)
+    found = start(strategy(generator_keys=keys), app(head=head), head)
+    expected = start(strategy())
+    assert list(found) == [head + name for name in expected]
+    for name, array in expected.items():
+        assert np.array_equal(found[head + name].numpy(), array.numpy()), name
+
+
+@pytest.mark.parametrize(
+    ("names", "own", "head"),
+    [
+        (["0.weight", "0.bias"], ["0.weight", "0.bias"], ""),
+        (["g.0.weight", "g.0.bias"], ["0.weight", "0.bias"], "g."),
+        (["m.g.0.weight", "m.g.0.bias"], ["g.0.weight", "extra"], "m."),  # is named as missing
+        (["m.a.weight", "n.a.weight"], ["a.weight"], ""),
+        (["g.0.weight"], ["1.weight"], ""),
+        ([], ["1.weight"], ""),
+    ],
+)
+def test_what_stands_before_a_generators_own_names(
+    names: list[str], own: list[str], head: str
+) -> None:
+    arrays = ArrayRecord({name: torch.zeros(1) for name in names})
+    found, before = parts.own(arrays, own)
+    assert before == head
+    assert list(found) == [name.removeprefix(head) for name in names]
 
 
 def test_an_upload_whose_other_arrays_are_bad_is_dropped_whole() -> None:
@@ -173,7 +213,7 @@ def test_a_part_that_is_none_is_refused_before_training(
     assert not any(node.received for node in grid.nodes.values())
 
 
-def echo(**arguments: Any) -> ClientApp:
+def echo(head: str = "", **arguments: Any) -> ClientApp:
     made = ClientApp(
         mods=[
             FastAdaptation(
@@ -182,7 +222,7 @@ def echo(**arguments: Any) -> ClientApp:
                 adaptation=ADAPTATION,
                 ternarization=TERNARIZATION,
                 latent_dim=LATENT,
-                generator_keys=KEYS,
+                generator_keys=tuple(head + key for key in KEYS),
                 **arguments,
             )
         ]
@@ -197,18 +237,20 @@ def echo(**arguments: Any) -> ClientApp:
     return made
 
 
-def evaluate_once(grid: InProcessGrid, seed: int = 0) -> RecordDict:
-    content = RecordDict({"arrays": ArrayRecord(state_of(seed))})
+def evaluate_once(grid: InProcessGrid, seed: int = 0, head: str = "") -> RecordDict:
+    content = RecordDict({"arrays": ArrayRecord(headed(state_of(seed), head))})
     message = Message(content=content, message_type="evaluate", dst_node_id=11)
     (found,) = grid.send_and_receive([message])
     assert not found.has_error(), found.error
     return found.content
 
 
-def test_the_mod_adapts_the_part_and_leaves_the_rest_alone() -> None:
-    content = evaluate_once(InProcessGrid(echo(reply_key="packed"), nodes=1))
+@pytest.mark.parametrize("head", ["", "model."])
+def test_the_mod_adapts_the_part_and_leaves_the_rest_alone(head: str) -> None:
+    content = evaluate_once(InProcessGrid(echo(head, reply_key="packed"), nodes=1), head=head)
     found = content.array_records["arrays"].to_torch_state_dict()
-    assert list(found) == list(state_of(0))
+    assert list(found) == list(headed(state_of(0), head))
+    found = {name.removeprefix(head): value for name, value in found.items()}
     for name, value in state_of(0).items():
         if not name.startswith(KEYS):
             assert torch.equal(found[name], value), name
