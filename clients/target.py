@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fl_wb import metrics, parts, records, ternary
 from fl_wb.adaptation import Adaptation, adapt
-from fl_wb.networks import generate
+from fl_wb.networks import check_factory, generate
 from fl_wb.storage import digest
 from fl_wb.ternary import Ternarization, ternarize
 
@@ -87,6 +87,9 @@ class FastAdaptation:
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other, before a message comes."""
+        check_factory("generator", self.generator)
+        if self.critic is not None:
+            check_factory("critic", self.critic)
         self._prefixes = parts.check_prefixes(self.generator_keys)
         if self.reply_key is not None and not self.ternarize:
             raise ValueError("reply_key sends the ternary generator, and ternarize is False")
@@ -163,6 +166,8 @@ class FastAdaptation:
         few = self.samples(context)
         shape = tuple(generate(start, 1, latent_dim=self.latent_dim).shape[1:])
         node = f"node {context.node_id} {dict(context.node_config)}"
+        if not isinstance(few, Tensor):
+            raise TypeError(f"{node}: samples must return a Tensor, not {type(few).__name__}")
         if len(few) == 0:
             raise ValueError(f"{node} has no samples to adapt to: its data is {tuple(few.shape)}")
         if tuple(few.shape[1:]) != shape:

@@ -198,6 +198,15 @@ def make_critic(name: str, shape: Sequence[int], *, width: int | None = None) ->
     return _build(CRITICS, "critic", name)(shape, **({} if width is None else {"width": width}))
 
 
+def check_factory(name: str, factory: object) -> None:
+    """Raise TypeError unless a network is given as a function that makes it."""
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise TypeError(
+            f"{name} must be a factory, a function without arguments that makes the {name}, "
+            f"not {type(factory).__name__}"
+        )
+
+
 def latent_dim_of(generator: nn.Module, latent_dim: int | None = None) -> int:
     """Return the generator's latent dimension: the argument, or else its attribute.
 

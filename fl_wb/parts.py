@@ -47,10 +47,9 @@ def split(arrays: ArrayRecord, prefixes: tuple[str, ...] | None) -> tuple[ArrayR
         return arrays, ArrayRecord()
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in arrays):
-            heads = sorted({name.split(".")[0] + "." * ("." in name) for name in arrays})
             raise ValueError(
                 f"generator_keys: no array's name begins with {prefix[:80]!r}; the model's begin "
-                f"with {', '.join(head[:80] for head in heads[:20])}"
+                f"with {', '.join(head[:80] for head in _beginnings(arrays)[:20])}"
             )
     generative = {n: array for n, array in arrays.items() if n.startswith(prefixes)}
     others = {n: array for n, array in arrays.items() if n not in generative}
@@ -77,3 +76,16 @@ def own(arrays: ArrayRecord, names: Collection[str]) -> tuple[ArrayRecord, str]:
         if all(name.startswith(head) for name in arrays) and not found.keys().isdisjoint(names):
             return ArrayRecord(found), head
     return arrays, ""
+
+
+def _beginnings(names: Collection[str]) -> list[str]:
+    """Return the shortest dotted beginnings that tell names apart."""
+    found: set[str] = set()
+    for depth in range(1, 9):
+        split = [(name, name.split(".")) for name in names]
+        found = {
+            ".".join([*dots[:depth], ""]) if len(dots) > depth else name for name, dots in split
+        }
+        if len(found) > 1:
+            break
+    return sorted(found)

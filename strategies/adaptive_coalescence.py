@@ -21,13 +21,19 @@ from torch import Tensor, nn
 
 from fl_wb import parts, records
 from fl_wb.barycenter import Stage, recursive_barycenter
-from fl_wb.networks import generate
+from fl_wb.networks import check_factory, generate
 from fl_wb.screening import outliers
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
-from fl_wb.strategies.checks import check_factory, check_networks, check_not_wrapped
+from fl_wb.strategies.checks import (
+    check_device,
+    check_networks,
+    check_not_wrapped,
+    check_settings,
+)
 from fl_wb.strategies.role_fedavg import RoleFedAvg
 from fl_wb.strategies.uploads import Upload, Uploads
+from fl_wb.tracking import progress
 from fl_wb.wgan import Progress
 
 State = dict[str, Tensor]
@@ -94,7 +100,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         Drop uploads whose samples are more than this many times further from the others' than is
         typical (`fl_wb.screening`; 1.5 does where sources have something in common). None: off.
     callback : callable, optional
-        Called during stages with (iteration, iterations in all, losses).
+        Called during stages with (iteration, iterations in all, losses). By default they are
+        logged every few seconds.
     """
 
     def __init__(
@@ -142,6 +149,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             check_factory("critic", critic)
         if refit is not None and generator_keys is None:
             raise ValueError("refit without generator_keys: no other part of the model is there")
+        check_settings(stage, geodesic, iterations, seed, patience, screening)
         self.generator = generator
         self.critic = critic
         self.latent_dim = latent_dim
@@ -153,8 +161,6 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self.seed = seed
         self.store = store if isinstance(store, StageStore) else StageStore(store)
         self.device = device
-        if screening is not None and not screening > 1:
-            raise ValueError(f"screening={screening} must be more than 1: typical uploads have 1")
         self.callback = callback
         self.screening = screening
         self._patience = patience
@@ -232,6 +238,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
 
     def _begin(self, arrays: ArrayRecord) -> None:
         """Start from scratch, as `start` means it, once everything is seen to fit."""
+        check_device(self.device)
         generative, others = parts.split(arrays, self.generator_keys)
         network = check_networks(generative, self.generator, self.critic, self.latent_dim)
         self._initial = arrays
@@ -308,7 +315,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
                 latent_dim=self.latent_dim,
                 store=self.store,
                 device=self.device,
-                callback=self.callback,
+                callback=self.callback or progress("Barycenter"),
             )
             records.check_samples(barycenter, latent_dim=self.latent_dim)
         except (FloatingPointError, records.InvalidUpload) as error:

@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from fl_wb import parts, records
+from fl_wb.barycenter import Stage
 from fl_wb.networks import MLPCritic, generate, latent_dim_of
 from fl_wb.wgan import critic_loss
 
 
-def check_factory(name: str, factory: object) -> None:
-    """Raise TypeError unless a network is given as a function that makes it."""
-    if isinstance(factory, nn.Module) or not callable(factory):
-        raise TypeError(
-            f"{name} must be a factory, a function without arguments that makes the {name}, "
-            f"not {type(factory).__name__}"
-        )
+def check_settings(
+    stage: Stage | None,
+    geodesic: str | None,
+    iterations: int | None,
+    seed: int,
+    patience: int | None,
+    screening: float | None,
+) -> None:
+    """Raise ValueError if a setting of the strategy is none, naming what is allowed."""
+    replace(stage or Stage(), **({} if geodesic is None else {"geodesic": geodesic}))
+    for name, value, least in (
+        ("iterations", iterations, 0),
+        ("seed", seed, 0),
+        ("patience", patience, 1),
+    ):
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name}={value!r} must be an integer of {least} or more")
+    if screening is not None and not screening > 1:
+        raise ValueError(f"screening={screening!r} must be more than 1: typical uploads have 1")
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if nothing can be trained on a device."""
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"device={device!r} cannot be used: {error}") from error
 
 
 def check_networks(
@@ -41,7 +63,13 @@ def check_networks(
     try:
         state = records.validate(parts.own(arrays, own)[0], own)
     except records.InvalidUpload as error:
-        raise ValueError(f"initial_arrays do not fit the generator: {error}") from error
+        hint = ""
+        if len(arrays) != len(own):
+            hint = (
+                f" ({len(arrays)} arrays, of which the generator has {len(own)}: generator_keys "
+                "says which are the generator's part of a larger model)"
+            )
+        raise ValueError(f"initial_arrays do not fit the generator: {error}{hint}") from error
     dim = latent_dim_of(network, latent_dim)
     network.load_state_dict(state)
     try:

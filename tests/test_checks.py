@@ -87,6 +87,22 @@ def test_a_generator_that_cannot_be_trained_is_named() -> None:
         begin(lambda: Made(lambda x: x, train=False))
 
 
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ({"geodesic": "mix"}, "geodesic='mix' is not one of two_critics, mixture, displacement"),
+        ({"iterations": -1}, "iterations=-1 must be an integer of 0 or more"),
+        ({"seed": "a"}, "seed='a' must be an integer of 0 or more"),
+        ({"patience": 0}, "patience=0 must be an integer of 1 or more"),
+        ({"screening": 1.0}, "screening=1.0 must be more than 1"),
+        ({"device": "gpu"}, "device='gpu' cannot be used"),
+    ],
+)
+def test_a_setting_that_is_none_is_named(setting: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        begin(lambda: Made(lambda x: x), **setting)
+
+
 @pytest.mark.parametrize("latent_dim", [0, -1, 2.5])
 def test_a_latent_dimension_that_is_none_is_named(latent_dim: Any) -> None:
     with pytest.raises(ValueError, match="latent dimension of Made is unknown"):

@@ -113,6 +113,18 @@ def test_a_network_unlike_the_servers_is_named(message_type: str) -> None:
     assert "node 11" in reason
 
 
+def test_samples_that_are_no_tensor_are_named() -> None:
+    reply = ask(target(points(3).numpy()), "evaluate")  # type: ignore[arg-type]
+    assert "samples must return a Tensor, not ndarray" in str(reply.error.reason)
+
+
+def test_the_mod_wants_factories() -> None:
+    with pytest.raises(TypeError, match="generator must be a factory"):
+        FastAdaptation(generator(), lambda context: points(1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="critic must be a factory"):
+        FastAdaptation(generator, lambda context: points(1), critic=3)  # type: ignore[arg-type]
+
+
 def adaptation(samples: Tensor, **arguments: Any) -> FastAdaptation:
     return FastAdaptation(
         generator,

@@ -156,6 +156,12 @@ def test_what_stands_before_a_generators_own_names(
     assert list(found) == [name.removeprefix(head) for name in names]
 
 
+def test_a_prefix_of_nothing_is_answered_with_those_that_there_are() -> None:
+    arrays = ArrayRecord({f"m.{name}": torch.zeros(1) for name in ("g.0.weight", "d.1.bias", "x")})
+    with pytest.raises(ValueError, match=r"'g.'; the model's begin with m.d., m.g., m.x$"):
+        parts.split(arrays, ("g.",))
+
+
 def test_an_upload_whose_other_arrays_are_bad_is_dropped_whole() -> None:
     def spoil(state: State) -> None:
         state["fc1.weight"] = state["fc1.weight"] * torch.nan
@@ -200,7 +206,11 @@ def test_a_refit_that_returns_something_else_is_named() -> None:
         ({"generator_keys": (3,)}, TypeError, "must be strings"),
         ({"generator_keys": ("decoder.",)}, ValueError, r"'fc3.weight' \(6, 3\) is missing"),
         ({"generator_keys": (*KEYS, "fc1.")}, ValueError, "'fc1.weight' is not part"),
-        ({"generator_keys": None}, ValueError, "'encoder.0.weight' is not part of the generator"),
+        (
+            {"generator_keys": None},
+            ValueError,
+            r"'encoder.0.weight' is not .* \(15 arrays, of which the generator has 4: ",
+        ),
         ({"generator_keys": None, "refit": dict}, ValueError, "refit without generator_keys"),
     ],
 )
