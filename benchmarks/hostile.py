@@ -1,11 +1,12 @@
 """Hostile uploads: what they do to the barycenter, and what screening leaves of it.
 
-    python benchmarks/hostile.py [--iterations 300] [--merge 300]
+    python benchmarks/hostile.py --classes disjoint
 
-Eight sources of real digits, five classes each; then two of the uploads are replaced by hostile
-ones: noise (untrained weights), inverted (samples negated), collapsed (nearly one picture). The
-table gives the Frechet distance of the barycenter to held-out digits, in the features of a small
-classifier, without and with screening, beside that of the eight honest uploads.
+Eight sources of real digits, of five classes each (overlapping) or one (disjoint); then two of the
+uploads are replaced by hostile ones: untrained weights, noise (random pixels), inverted (samples
+negated), collapsed (nearly one picture). The table gives the Frechet distance of the barycenter to
+held-out digits of the sources' classes, in the features of a small classifier, without and with
+screening, and in units of that of the eight honest uploads: mean and standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from statistics import fmean, pstdev
 
 import torch
 from torch import nn
@@ -22,18 +23,30 @@ from torch import nn
 from fl_wb import datasets
 from fl_wb.barycenter import recursive_barycenter
 from fl_wb.clients.source import train_source
-from fl_wb.config import compose
+from fl_wb.config import Config, compose
 from fl_wb.metrics import frechet_distance, train_features
 from fl_wb.networks import generate
 from fl_wb.screening import outliers
 from fl_wb.task import factories, seeded
 
-SOURCES = (
-    "[[0,1,2,3,4],[5,6,7,8,9],[2,3,4,5,6],[7,8,9,0,1],"
-    "[4,5,6,7,8],[9,0,1,2,3],[1,3,5,7,9],[0,2,4,6,8]]"
-)
+SOURCES = {
+    "overlapping": "[[0,1,2,3,4],[5,6,7,8,9],[2,3,4,5,6],[7,8,9,0,1],"
+    "[4,5,6,7,8],[9,0,1,2,3],[1,3,5,7,9],[0,2,4,6,8]]",
+    "disjoint": "[[0],[1],[2],[3],[4],[5],[6],[7]]",
+}
 SAMPLES = 256  # of each upload, as the strategy screens
 DRAWS = 5
+
+
+def noise(network: nn.Module, seed: int) -> nn.Module:
+    """Return a generator of random pixels: its last layer's weights are random and large."""
+    network = deepcopy(network)
+    weight, bias = list(network.parameters())[-2:]
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        weight.copy_(10 * torch.randn(weight.shape, generator=rng))
+        bias.zero_()
+    return network
 
 
 def inverted(network: nn.Module) -> nn.Module:
@@ -56,61 +69,81 @@ def collapsed(network: nn.Module) -> nn.Module:
     return network
 
 
-def main() -> None:
-    """Run the benchmark and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=300, help="of a source's training")
-    parser.add_argument("--merge", type=int, default=300, help="of a stage's distillation")
-    parser.add_argument("--threshold", type=float, default=1.5)
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    config = compose([f"data.sources={SOURCES}", f"client.source.iterations={given.iterations}"])
+def one_seed(config: Config, seed: int, threshold: float) -> dict[str, tuple[float, str]]:
+    """Return the Frechet distance of each set of uploads, and what was screened out."""
     generator, critic = factories(config)
-    everything, held_out = datasets.load(config.data)
+    everything, _ = datasets.load(config.data)
+    classes = sorted({label for source in config.data.sources for label in source})
+    real = datasets.held_out(config.data, classes)
     features = train_features(everything.images, everything.labels)
-    stage = config.strategy.stage
-    stage = replace(
-        stage,
-        distillation=replace(stage.distillation, iterations=given.merge),
-        training=replace(stage.training, iterations=given.merge // 4),
-    )
 
     def frechet(networks: Sequence[nn.Module]) -> float:
-        merged = recursive_barycenter(networks, critic=critic, stage=stage)
-        real = features(held_out.images)
-        draws = (generate(merged, len(real), seed=seed) for seed in range(DRAWS))
-        return sum(frechet_distance(features(x), real) for x in draws) / DRAWS
+        stage = config.strategy.stage
+        merged = recursive_barycenter(networks, critic=critic, stage=stage, seed=seed)
+        wanted = features(real.images)
+        draws = (generate(merged, len(wanted), seed=draw) for draw in range(DRAWS))
+        return fmean(frechet_distance(features(x), wanted) for x in draws)
 
-    began = time.perf_counter()
     honest = [
         train_source(
-            seeded(generator, 0),
+            seeded(generator, seed),
             critic,
             datasets.source_samples(config.data, index).images,
             config.client.source,
-            seed=index,
+            seed=100 * seed + index,
         )[0]
         for index in range(8)
     ]
-    print(f"eight sources trained in {time.perf_counter() - began:.0f} s", flush=True)
-    clean = frechet(honest)
-    print(f"{'uploads':<22}{'Frechet':>10}{'of clean':>10}   screened out")
-    print(f"{'8 honest':<22}{clean:>10.2f}{1:>10.2f}", flush=True)
     attacks: dict[str, Callable[[int], nn.Module]] = {
-        "noise": lambda index: seeded(generator, 99 + index),
+        "none": lambda index: honest[index],
+        "untrained": lambda index: seeded(generator, 99 + index),
+        "noise": lambda index: noise(honest[index], index),
         "inverted": lambda index: inverted(honest[index]),
         "collapsed": lambda index: collapsed(honest[index]),
     }
+    found: dict[str, tuple[float, str]] = {}
+    known: dict[tuple[nn.Module, ...], float] = {}  # most attacks leave the same uploads
     for name, attack in attacks.items():
         uploads = [attack(0), attack(1), *honest[2:]]
         samples = [generate(network, SAMPLES) for network in uploads]
-        out = [index for index, _ in outliers(samples, threshold=given.threshold)]
-        kept = [network for index, network in enumerate(uploads) if index not in out]
-        for title, networks in ((f"2 {name}", uploads), (f"2 {name}, screened", kept)):
-            value = frechet(networks)
-            gone = str(out) if networks is kept else ""
-            print(f"{title:<22}{value:>10.2f}{value / clean:>10.2f}   {gone}", flush=True)
-    print(f"{time.perf_counter() - began:.0f} s in all")
+        out = [index for index, _ in outliers(samples, threshold=threshold)]
+        kept = tuple(network for index, network in enumerate(uploads) if index not in out)
+        for title, networks in ((name, tuple(uploads)), (f"{name}, screened", kept)):
+            if networks not in known:
+                known[networks] = frechet(networks)
+            found[title] = known[networks], str(out) if "screened" in title else ""
+            print(f"seed {seed}: {title}: {found[title]}", flush=True)
+    return found
+
+
+def main() -> None:
+    """Run the benchmark and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--classes", choices=SOURCES, default="overlapping")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=400, help="of a source's training")
+    parser.add_argument("--merge", type=int, default=200, help="of a stage's distillation")
+    parser.add_argument("--threshold", type=float, default=3.0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    began, runs = time.process_time(), []
+    for seed in given.seeds:
+        settings = [
+            f"data.sources={SOURCES[given.classes]}",
+            f"data.seed={seed}",
+            f"client.source.iterations={given.iterations}",
+            f"strategy.stage.distillation.iterations={given.merge}",
+            f"strategy.stage.training.iterations={given.merge // 4}",
+        ]
+        runs.append(one_seed(compose(settings), seed, given.threshold))
+    print(f"\n{'two of eight':<22}{'Frechet':>16}{'of clean':>16}   screened out, by seed")
+    for title in runs[0]:
+        values = [run[title][0] for run in runs]
+        shares = [run[title][0] / run["none"][0] for run in runs]
+        columns = (f"{fmean(v):.2f} ±{pstdev(v):.2f}" for v in (values, shares))
+        print(f"{title:<22}" + "".join(f"{column:>16}" for column in columns), end="   ")
+        print(*(run[title][1] for run in runs))
+    print(f"{time.process_time() - began:.0f} s of one core")
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         A node whose upload was dropped in that many rounds in a row is not asked to train again.
         None: it always is.
     screening : float, optional
-        Drop uploads whose samples are more than this many times further from the others' than is
-        typical (`fl_wb.screening`; 1.5 does where sources have something in common). None: off.
+        Drop uploads that collapsed, or whose samples are more than this many times further from
+        the others' than is typical (see `fl_wb.screening`; 3 measured well). None: off.
     callback : callable, optional
         Called during stages with (iteration, iterations in all, losses). By default they are
         logged every few seconds.
@@ -272,13 +272,12 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             generate(network, SCREENED, seed=self.seed, latent_dim=self.latent_dim)
             for network in networks
         ]
-        for index, far in outliers(samples, threshold=self.screening, seed=self.seed):
+        for index, why in outliers(samples, threshold=self.screening, seed=self.seed):
             log(
                 WARNING,
-                "aggregate_train: dropped the upload of node %d: its samples are %.1f times "
-                "further from the others' than is typical (screening=%s)",
+                "aggregate_train: dropped the upload of node %d: %s (screening=%s)",
                 nodes[index],
-                far,
+                why,
                 self.screening,
             )
             self._uploads.drop(nodes[index])

@@ -49,7 +49,33 @@ def test_scale_does_not_matter() -> None:
 
 def test_one_that_differs_from_all_the_same_is_infinitely_far() -> None:
     same = torch.zeros(8, 2)
-    assert outliers([same, same, same, same + 1], threshold=2) == [(3, math.inf)]
+    ((index, why),) = outliers([same, same, same, same + 1], threshold=2)
+    assert index == 3
+    assert "inf times further" in why
+
+
+def test_collapsed_sets_are_found_where_they_are_not_far() -> None:
+    rng = torch.Generator().manual_seed(2)
+    sets = [torch.randn(64, 8, generator=rng) + 2 * torch.randn(8, generator=rng) for _ in range(6)]
+    assert outliers(sets, threshold=3) == []
+    for index in (1, 4):
+        sets[index] = sets[index].mean(dim=0) + 0.01 * torch.randn(64, 8, generator=rng)
+    why = "its samples have 0.01 of the spread that is typical"
+    assert outliers(sets, threshold=3) == [(1, why), (4, why)]
+
+
+def test_sets_of_different_kinds_are_told_from_noise() -> None:
+    # Honest: each its own place in half of the coordinates, all the same in the other half. The
+    # plain distances of noise are no larger than those of the honest among each other.
+    rng = torch.Generator().manual_seed(2)
+    sets = []
+    for _ in range(6):
+        own = 0.1 * torch.randn(64, 8, generator=rng) + torch.randn(8, generator=rng)
+        sets.append(torch.cat([own, 0.01 * torch.randn(64, 8, generator=rng) - 1], dim=1))
+    sets += [0.5 * torch.randn(64, 16, generator=rng) - 0.5 for _ in range(2)]
+    plain = [row.sort().values[4] for row in sliced_wasserstein(sets)]
+    assert max(plain[6:]) < 2 * min(plain[:6])
+    assert [index for index, _ in outliers(sets, threshold=3)] == [6, 7]
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.0, math.nan])
@@ -98,7 +124,7 @@ def test_hostile_uploads_are_screened_out_and_their_nodes_no_longer_asked(
     for node_id, node in grid.nodes.items():
         assert node.received.count("train") == (2 if node_id in HOSTILE else 3)
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert sum("further from the others'" in text for text in said) == 4
+    assert sum("times further from the others'" in text for text in said) == 4
     assert sum("is not asked to train again" in text for text in said) == 2
 
 
