@@ -188,11 +188,13 @@ class _Lines:
     def __init__(self, title: str) -> None:
         self.title = title
         self.began = self.last = time.monotonic()
+        self.done = math.inf
 
     def __call__(self, done: int, total: int, losses: dict[str, float]) -> None:
         now = time.monotonic()
-        if done <= 1:
+        if done <= self.done:  # another training, which may begin at a checkpoint
             self.began = now
+        self.done = done
         if done < total and now - self.last < LOG_SECONDS:
             return
         self.last = now

@@ -143,6 +143,18 @@ def test_progress_logs_every_few_seconds_and_at_the_end(monkeypatch, lines):
     assert not any("\r" in line for line in found)
 
 
+def test_progress_counts_the_seconds_of_a_training_that_was_resumed(monkeypatch, lines):
+    now = [0.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    show = progress("merging")
+    now[0] = 60.0  # until it has something to show
+    for done in (17, 18, 20):
+        show(done, 20, {})
+        now[0] += 1
+    found = [record.getMessage() for record in lines.records]
+    assert found == ["merging: 17/20, 0 s", "merging: 20/20, 2 s"]
+
+
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
