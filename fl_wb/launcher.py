@@ -181,12 +181,19 @@ def _check_completed(run_id: str, environment: dict[str, str], *superlink: str) 
             run = json.loads(listing.stdout)["runs"][0]
             status, details = run["status"], run["status-details"]
         except (ValueError, LookupError, TypeError):
-            status, details = "unknown", (listing.stdout + listing.stderr).strip()
+            status, details = "unknown", _last_words(listing.stdout + listing.stderr)
         if status == "finished:completed":
             return
         if status.startswith("finished") or time.monotonic() > deadline:
             raise RunFailed(f"the run ended as {status}: {details}")
         time.sleep(0.5)
+
+
+def _last_words(text: str) -> str:
+    """Return the last line of what a `flwr` command said, also where it said it in JSON."""
+    with suppress(ValueError, LookupError, TypeError):
+        text = str(json.loads(text)["error-message"])
+    return text.strip().rpartition("\n")[2]
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from PIL import Image
 
 from fl_wb import cli
 from fl_wb.config import ConfigError, compose, from_run_config
-from fl_wb.launcher import RunFailed, launch
+from fl_wb.launcher import RunFailed, launch, submit
 from fl_wb.readers import DataError
 
 Command = Callable[..., list[dict[str, Any]]]
@@ -171,6 +172,32 @@ def test_targets_without_enough_data_are_refused() -> None:
         cli.check(compose("data.samples_per_class=1000"))
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "data=mnist data.root=/on/the/other/machines nodes=4",
+        "data.shape=[1,28,28] network=conv nodes=4",
+        "device=cuda:7 data.samples_per_class=1000",
+    ],
+)
+def test_a_superlink_may_have_what_this_machine_has_not(overrides: str) -> None:
+    cli.check(compose(f"superlink=lab {overrides}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("superlink=lab output=here", "output='here' must be an absolute folder"),
+        ("superlink=lab data=mnist data.root=mnist", "data.root='mnist' must be an absolute"),
+        ("superlink=lab data.shape=[1,28,28] network.generator=dcgan", "network.generator='dcgan'"),
+        ("nodes=4", "nodes=... is for a superlink"),
+    ],
+)
+def test_what_no_superlink_could_run_is_refused(overrides: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        cli.check(compose(overrides))
+
+
 @pytest.fixture
 def real_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run `fl-wb` in this process, with an app of ours instead of FL-WB's."""
@@ -196,6 +223,16 @@ def test_a_failed_run_exits_non_zero_and_leaves_nothing_running(
 
     assert "Started server process" in (tmp_path / "out" / "superlink.log").read_text()
     assert not _children(tmp_path)
+
+
+def test_a_superlink_that_flower_does_not_know_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    with pytest.raises(RunFailed, match="did not start the run"):
+        submit({"overrides": "", "output": ""}, "nowhere")
+
+    assert "nowhere" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_leaves_nothing_running(
