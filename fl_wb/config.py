@@ -69,7 +69,8 @@ class StrategyConfig:
     patience
         A node whose upload is dropped so many rounds in a row is not asked again; None: it is.
     screening
-        Drop uploads this many times further from the others than is typical; None: off.
+        Drop uploads that collapsed, or are this many times further from the others than is
+        typical; 3 measured well. None: off.
     checkpoint_seconds
         A server that is killed loses no more of its stage than this.
     """
@@ -122,6 +123,8 @@ class Config:
         None: a simulation.
     nodes
         How many to wait for; None: one for each of data.sources and data.targets.
+    timeout
+        Seconds that nodes have to answer in a round; who is later is left out of it.
     data, network, strategy, client
         The groups of conf/.
     """
@@ -132,6 +135,7 @@ class Config:
     device: str = "cpu"
     superlink: str | None = None
     nodes: int | None = None
+    timeout: float = 3600.0
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
@@ -143,6 +147,7 @@ RULES: dict[str, limits.Rule] = {
     "rounds": limits.at_least(1),
     "device": limits.DEVICE,
     "nodes": limits.at_least(1),
+    "timeout": limits.above(0),
     "data.name": limits.one_of("digits", "idx", "images"),
     "data.sources": limits.CLASSES,
     "data.targets": limits.CLASSES,

@@ -52,6 +52,7 @@ def main(grid: Grid, context: Context) -> None:
             grid=grid,
             initial_arrays=records.to_arrays(seeded(generator, config.seed)),
             num_rounds=config.rounds,
+            timeout=config.timeout,
         )
         table = results.finish(result)
     finally:
