@@ -1,13 +1,15 @@
 """A SuperLink and SuperNodes on loopback, as processes of their own, for tests.
 
 With TLS and node authentication, on free ports, in a Flower home of their own; whatever a test
-does to them, every process ends with the deployment, by its own id.
+does to them, every process ends with the deployment, by its own id, also when pytest is killed.
 """
 
 from __future__ import annotations
 
-import json
+import ctypes
 import os
+import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -27,7 +29,9 @@ import psutil
 from fl_wb import certificates
 
 PACKAGE = str(Path(certificates.__file__).parents[1])  # also where FL-WB is not installed
-PATIENCE = 120.0  # seconds; a machine under test may be slow
+PATIENCE = 240.0  # seconds; a machine under test may be slow
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
 class Deployment:
@@ -37,7 +41,7 @@ class Deployment:
         self.folder, self.home = folder, folder / "home"
         self.certificates = folder / "certificates"
         self.nodes: dict[str, psutil.Process] = {}
-        self._processes: list[psutil.Process] = []
+        self._processes: list[psutil.Popen] = []
         self.home.mkdir(parents=True)
         scripts = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
         paths = [PACKAGE, os.environ.get("PYTHONPATH", "")]
@@ -77,31 +81,35 @@ class Deployment:
         for process in self._processes:
             with suppress(psutil.NoSuchProcess):
                 family += [*process.children(recursive=True), process]
-        for signal in ("terminate", "kill"):
+        for way in ("terminate", "kill"):
             for process in family:
                 with suppress(psutil.NoSuchProcess):
-                    getattr(process, signal)()
+                    getattr(process, way)()
             _, family = psutil.wait_procs(family, timeout=10)
 
     def _start_superlink(self) -> None:
         for _ in range(3):  # another program may take the port first
-            port = free_port()
-            files = self._files("ca.crt", "server.pem", "server.key")
-            superlink = self._start(
-                "superlink",
-                *("flower-superlink", "--port", str(port), "--enable-supernode-auth"),
-                *("--ssl-ca-certfile", files[0], "--ssl-certfile", files[1]),
-                *("--ssl-keyfile", files[2], "--disable-runtime-dependency-installation"),
-            )
-            wait(partial(_answers, superlink, f"https://127.0.0.1:{port}/health", files[0]))
-            if superlink.poll() is None:
+            self.address = f"127.0.0.1:{free_port()}"
+            self.start_superlink()
+            if self.superlink.poll() is None:
                 break
-        self.address = f"127.0.0.1:{port}"
         (self.home / "config.toml").write_text(
             f'[superlink]\ndefault = "lab"\n\n[superlink.lab]\naddress = "{self.address}"\n'
-            f'root-certificates = "{files[0]}"\n',
+            f'root-certificates = "{self._files("ca.crt")[0]}"\n',
             encoding="utf-8",
         )
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, or start it again: its database knows the nodes still."""
+        ca, certificate, key = self._files("ca.crt", "server.pem", "server.key")
+        self.superlink = self._start(
+            "superlink",
+            *("flower-superlink", "--port", self.address.split(":")[1], "--enable-supernode-auth"),
+            *("--ssl-ca-certfile", ca, "--ssl-certfile", certificate, "--ssl-keyfile", key),
+            *("--database", str(self.folder / "superlink.db")),
+            "--disable-runtime-dependency-installation",
+        )
+        wait(partial(_answers, self.superlink, f"https://{self.address}/health", ca))
 
     def add(self, name: str, key: int, node_config: str) -> None:
         """Register a node's key and start its SuperNode."""
@@ -132,24 +140,32 @@ class Deployment:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def statuses(self) -> list[str]:
-        """Return the status of every run, the newest first."""
-        listing: dict[str, Any] = json.loads(self.flwr("list", "lab", "--format", "json"))
-        return [run["status"] for run in listing["runs"]]
+    def stop(self, name: str) -> None:
+        """Run `flwr stop` for a run that `run` started."""
+        found = re.search(r"Successfully started run (\d+)", self.log(name))
+        assert found, self.log(name)
+        self.flwr("stop", found[1], "lab")
 
     def log(self, name: str) -> str:
         """Return what a process has printed."""
         return (self.folder / f"{name}.log").read_text("utf-8", errors="replace")
 
-    def kill(self, process: psutil.Process) -> None:
-        """Kill a process (SIGKILL) and all that it started."""
-        for member in [process, *process.children(recursive=True)]:
+    def kill(self, *processes: psutil.Process) -> None:
+        """Kill processes (SIGKILL) and all that they started."""
+        family = [m for process in processes for m in (process, *process.children(recursive=True))]
+        for member in family:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
+        for member in family:
+            wait(partial(ended, member))
 
-    def serverapp(self) -> psutil.Process | None:
-        """Return the process in which a ServerApp runs, if one does."""
-        return find(self._processes[0], "flwr-serverapp")
+    def serverapp(self, output: Path) -> psutil.Process | None:
+        """Return the process of the ServerApp that writes to a folder, if there is one."""
+        for process in self.superlink.children(recursive=True):
+            with suppress(psutil.Error):
+                if any(Path(file.path).is_relative_to(output) for file in process.open_files()):
+                    return process
+        return None
 
     def _start(self, name: str, *command: str) -> psutil.Popen:
         with (self.folder / f"{name}.log").open("ab") as sink:
@@ -161,12 +177,19 @@ class Deployment:
                 stdout=sink,
                 stderr=sink,
                 start_new_session=True,
+                preexec_fn=_end_with_us,
             )
         self._processes.append(process)
         return process
 
     def _files(self, *names: str) -> list[str]:
         return [str(self.certificates / name) for name in names]
+
+
+def _end_with_us() -> None:
+    """Have this process terminated when the one that started it ends, however that happens."""
+    if LIBC is not None:
+        LIBC.prctl(DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _answers(superlink: psutil.Popen, url: str, ca: str) -> bool:
@@ -176,6 +199,13 @@ def _answers(superlink: psutil.Popen, url: str, ca: str) -> bool:
     with suppress(OSError), urllib.request.build_opener(*handlers).open(url, timeout=2):
         return True
     return superlink.poll() is not None
+
+
+def ended(process: psutil.Process) -> bool:
+    """Whether a process is no more, or only its parent does not know yet."""
+    with suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def find(process: psutil.Process, program: str) -> psutil.Process | None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -16,9 +20,9 @@ from fl_wb import ternary
 from fl_wb.config import compose
 from fl_wb.storage import digest, load_tensors
 from fl_wb.task import factories
-from tests.deployment import Deployment, find, wait
+from tests.deployment import PATIENCE, Deployment, ended, find, wait
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)  # a loaded machine takes three times as long
 
 SETTINGS = (
     "network.width=16",
@@ -34,6 +38,8 @@ SETTINGS = (
     "data.samples_per_class=3",
     "data.targets=[[0,1,2,3,4,5,6,7,8,9],[0,1,2]]",
 )
+LONG = "strategy.stage.distillation.iterations=1000000"  # a stage that does not end by itself
+UNFINISHED = "barycenter/*-unfinished.safetensors"
 NODES = ("source-0", "source-1", "target-0", "target-1")
 
 
@@ -49,7 +55,8 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
     with Deployment(folder / "flower") as made:
         for key, name in enumerate(NODES[:3]):
             role = name.partition("-")[0]
-            made.add(name, key, f"role=\"{role}\" data='{folder / f'data {key}'}'")
+            cache = f" cache='{folder / 'cache'}'" if key == 0 else ""
+            made.add(name, key, f"role=\"{role}\" data='{folder / f'data {key}'}'{cache}")
         made.add(NODES[3], 3, 'role="target" partition-id=1')
         yield made
 
@@ -69,58 +76,110 @@ def pictures(folder: Path, images: Any, labels: Any) -> None:
         Image.fromarray(image).save(folder / str(label) / f"{number}.png")
 
 
+@dataclass
+class Story:
+    """What came of the runs of this module, and where they left it."""
+
+    unbroken: Path
+    stopped: Path
+    resumed: Path
+    seconds_to_stop: float = 0.0
+    saved: int = 0  # iteration of the checkpoint that the stopped run left
+
+
 @pytest.fixture(scope="module")
-def unbroken(deployment: Deployment) -> Path:
-    """Return the output folder of a run that nothing disturbs."""
-    output = deployment.folder / "unbroken"
-    process = deployment.run("unbroken", *SETTINGS, f"output={output}")
-    assert process.wait(timeout=200) == 0, deployment.log("unbroken")
-    return output
+def story(deployment: Deployment) -> Story:
+    """Run the app unbroken; stop it; kill its SuperLink, and at last a SuperNode.
+
+    A run waits most of the time, so two of them go on at once.
+    """
+    told = Story(*(deployment.folder / name for name in ("unbroken", "stopped", "resumed")))
+
+    # One run that nothing disturbs, and one that is stopped inside its stage and started again.
+    unbroken = deployment.run("unbroken", *SETTINGS, f"output={told.unbroken}")
+    stopped = deployment.run("stopped", *SETTINGS, LONG, f"output={told.stopped}")
+    serverapp = inside_stage(deployment, told.stopped)
+    began = time.monotonic()
+    deployment.stop("stopped")
+    wait(lambda: ended(serverapp))
+    told.seconds_to_stop = time.monotonic() - began
+    (path,) = told.stopped.glob(UNFINISHED)
+    told.saved = int(load_tensors(path)[0]["iteration"])
+    assert stopped.wait(PATIENCE) == 1
+    again = deployment.run("again", *SETTINGS, LONG, f"output={told.stopped}")
+    wait(lambda: "Barycenter: " in deployment.log("again"))
+    deployment.kill(inside_stage(deployment, told.stopped), again)
+    assert unbroken.wait(PATIENCE) == 0, deployment.log("unbroken")
+
+    # A new one, whose SuperLink is killed inside the stage, and with it the ServerApp.
+    killed = deployment.run("killed", *SETTINGS, f"output={told.resumed}")
+    wait(lambda: list(told.resumed.glob(UNFINISHED)))
+    deployment.kill(deployment.superlink, killed)  # that would ask for it for half a minute
+    assert list(told.resumed.glob(UNFINISHED))
+    assert not (told.resumed / "barycenter.safetensors").exists()
+
+    # The same again; in its evaluation a SuperNode is killed.
+    deployment.start_superlink()
+    resumed = deployment.run("resumed", *SETTINGS, f"output={told.resumed}")
+    wait(lambda: "configure_evaluate: Sampled 2" in deployment.log("resumed"))
+    node = deployment.nodes["target-1"]
+    wait(lambda: find(node, "flwr-clientapp"))
+    deployment.kill(node)
+    assert resumed.wait(PATIENCE) == 0, deployment.log("resumed")
+    return told
 
 
-def test_a_run_on_real_nodes_leaves_its_results(deployment: Deployment, unbroken: Path) -> None:
+def inside_stage(deployment: Deployment, output: Path) -> psutil.Process:
+    """Wait until a run has a checkpoint, and return its ServerApp."""
+    wait(lambda: list(output.glob(UNFINISHED)))
+    return wait(lambda: deployment.serverapp(output))
+
+
+def test_a_run_on_real_nodes_leaves_its_results(deployment: Deployment, story: Story) -> None:
     # Assert: the same results as a simulation's
-    found = json.loads((unbroken / "metrics.json").read_text(encoding="utf-8"))
+    output = story.unbroken
+    found = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
     assert set(found["final"]) == {"barycenter", "adapted", "ternary"}
     assert found["rounds"]["1"]["train"]["uploads-merged"] == 2
     assert len(found["sources"]) == len(found["targets"]) == 2
     for name in ("sources", "barycenter", "few", "adapted", "ternary", "overview"):
-        assert (unbroken / f"{name}.png").is_file()
-    packed = sorted((unbroken / "ternary").glob("target-*.flwb"))
+        assert (output / f"{name}.png").is_file()
+    packed = sorted((output / "ternary").glob("target-*.flwb"))
     assert len(packed) == 2
     for path in packed:
         ternary.load(path, factories(compose(SETTINGS))[0]())
     assert "Results:" in deployment.log("unbroken")
 
 
-@pytest.fixture(scope="module")
-def bereaved(deployment: Deployment, unbroken: Path) -> Path:
-    """Return the output of a run whose ServerApp is killed, and then a SuperNode of the next."""
-    output = deployment.folder / "bereaved"
-    first = deployment.run("first", *SETTINGS, f"output={output}")
-    wait(lambda: list(output.glob("barycenter/*-unfinished.safetensors")))
-    deployment.kill(wait(deployment.serverapp))
-    deployment.kill(first)  # it would wait for a minute until the SuperLink misses the ServerApp
-    assert list(output.glob("barycenter/*-unfinished.safetensors"))
-    assert not (output / "barycenter.safetensors").exists()
-    second = deployment.run("second", *SETTINGS, f"output={output}")
-    wait(lambda: "configure_evaluate: Sampled 2" in deployment.log("second"), 200)
-    node = deployment.nodes["target-1"]
-    wait(lambda: find(node, "flwr-clientapp"))
-    deployment.kill(node)
-    assert second.wait(timeout=200) == 0, deployment.log("second")
-    return output
+def test_flwr_stop_is_honoured_and_the_run_goes_on_later(
+    deployment: Deployment, story: Story
+) -> None:
+    assert story.seconds_to_stop < 30
+    assert "the run ended as finished:stopped" in deployment.log("stopped")
+    first = re.search(r"Barycenter: (\d+)/", deployment.log("again"))
+    assert first and int(first[1]) == story.saved + 1 > 1
 
 
-def test_a_serverapp_killed_inside_a_stage_is_resumed(unbroken: Path, bereaved: Path) -> None:
-    first, second = (load_tensors(f / "barycenter.safetensors")[0] for f in (unbroken, bereaved))
+def test_a_server_killed_inside_a_stage_is_resumed(story: Story) -> None:
+    outputs = (story.unbroken, story.resumed)
+    first, second = (load_tensors(f / "barycenter.safetensors")[0] for f in outputs)
     assert digest(first) == digest(second)
-    stages = [path.name for path in (bereaved / "barycenter").iterdir()]
-    assert stages == [path.name for path in (unbroken / "barycenter").iterdir()]
+    # Only the finished stage is left, the same one.
+    first, second = (sorted(p.name for p in (f / "barycenter").iterdir()) for f in outputs)
+    assert first == second
+    assert len(first) == 1
 
 
-def test_a_round_goes_on_without_a_killed_supernode(deployment: Deployment, bereaved: Path) -> None:
-    found = json.loads((bereaved / "metrics.json").read_text(encoding="utf-8"))
+def test_a_source_with_a_cache_trains_once_for_all_runs(
+    deployment: Deployment, story: Story
+) -> None:
+    # source-0 has a cache, source-1 has none: it trains in each of the five runs
+    assert len(re.findall("source .*: 8/8", deployment.log("source-0"))) <= 2
+    assert len(re.findall("source .*: 8/8", deployment.log("source-1"))) == 5
+
+
+def test_a_round_goes_on_without_a_killed_supernode(deployment: Deployment, story: Story) -> None:
+    found = json.loads((story.resumed / "metrics.json").read_text(encoding="utf-8"))
     assert set(found["final"]) == {"barycenter", "adapted", "ternary"}
-    assert len(found["targets"]) == len(list((bereaved / "ternary").iterdir())) == 1
-    assert "aggregate_evaluate: node" in deployment.log("second")
+    assert len(found["targets"]) == len(list((story.resumed / "ternary").iterdir())) == 1
+    assert "aggregate_evaluate: node" in deployment.log("resumed")
