@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import KW_ONLY, dataclass
+from statistics import fmean
 from time import perf_counter
+from typing import Any
 
+import torch
 from flwr.app import (
     ArrayRecord,
     ConfigRecord,
@@ -20,10 +24,13 @@ from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
 from fl_wb import metrics, parts, records, ternary
-from fl_wb.adaptation import Adaptation, adapt
+from fl_wb.adaptation import POOL, Adaptation, adapt, variation_bank
+from fl_wb.checkpoint import Checkpoint, Snapshots
+from fl_wb.metrics import Evaluation
 from fl_wb.networks import check_factory, generate
 from fl_wb.storage import digest
 from fl_wb.ternary import Ternarization, ternarize
+from fl_wb.wgan import resample
 
 PICTURES = 64  # of each step, in a reply
 _MADE, _FROM = "fl_wb.target.generator", "fl_wb.target.made-from"  # in context.state
@@ -156,8 +163,8 @@ class FastAdaptation:
         state, network = context.state, self.generator()
         if _MADE in state and state.config_records[_FROM]["digest"] == key:
             return records.load(state.array_records[_MADE], network).eval()
-        adapted, tern = self.adapt(start, few)
-        made = (tern or adapted).cpu()
+        adapted = self.adapt(start, few)
+        made = (self.ternarized(adapted) if self.ternarize else adapted).cpu()
         state[_MADE], state[_FROM] = records.to_arrays(made), ConfigRecord({"digest": key})
         return made
 
@@ -177,9 +184,11 @@ class FastAdaptation:
             )
         return few.to(self.device)
 
-    def adapt(self, start: nn.Module, few: Tensor) -> tuple[nn.Module, nn.Module | None]:
-        """Return the adapted generator, and the ternary one unless that is off."""
-        adapted = adapt(
+    def adapt(
+        self, start: nn.Module, few: Tensor, checkpoint: Checkpoint | None = None
+    ) -> nn.Module:
+        """Return the generator adapted to the node's samples."""
+        return adapt(
             start,
             few,
             critic=self.critic,
@@ -187,10 +196,12 @@ class FastAdaptation:
             seed=self.seed,
             latent_dim=self.latent_dim,
             device=self.device,
+            checkpoint=checkpoint,
         )
-        if not self.ternarize:
-            return adapted, None
-        return adapted, ternarize(
+
+    def ternarized(self, adapted: nn.Module) -> nn.Module:
+        """Return its ternary form."""
+        return ternarize(
             adapted,
             critic=self.critic,
             settings=self.ternarization,
@@ -206,7 +217,7 @@ def target_evaluate(
     adaptation: FastAdaptation,
     held_out: Tensor,
     features: Callable[[Tensor], Tensor] | None = None,
-    n: int | None = None,
+    evaluation: Evaluation | None = None,
 ) -> RecordDict:
     """Answer an EVALUATE message with what the barycenter became on this node, step by step.
 
@@ -218,37 +229,47 @@ def target_evaluate(
         How this node adapts, and its few samples.
     held_out : Tensor
         Real samples (m, ...) that neither the sources nor this node trained on.
-    features, n : optional
-        As in `fl_wb.metrics.evaluate`.
+    features : callable, optional
+        As in `fl_wb.metrics.evaluate`. The ``digest`` that it has, if any, is in the reply.
+    evaluation : Evaluation, optional
 
     Returns
     -------
     RecordDict
-        Metrics ``<step>/<key>`` for the steps barycenter, adapted and ternary and the keys of
-        `fl_wb.metrics.evaluate`; the packed ternary generator; and a few pictures of each step.
+        Metrics ``<step>/<key>`` for the steps few (these samples themselves, drawn with
+        replacement: what mere copying scores), bank (if asked for), barycenter, adapted and
+        ternary and the keys of `fl_wb.metrics.evaluate`; the packed ternary generator; and a few
+        pictures of each step.
     """
+    settings = evaluation or Evaluation()
     start = adaptation.start(message, context)
     few = adaptation.few(context, start)
+    snapshots = Snapshots(_iterations(adaptation), settings.snapshots)
     began = perf_counter()
-    adapted, tern = adaptation.adapt(start, few)
-    seconds = perf_counter() - began
-    steps: dict[str, nn.Module] = {"barycenter": start, "adapted": adapted}
-    steps |= {"ternary": tern} if tern is not None else {}
-    figures: dict[str, MetricRecordValues] = {records.WEIGHT: len(few), "adapt-seconds": seconds}
-    pictures: dict[str, Tensor] = {"few": few[:PICTURES].cpu()}
-    for step, network in steps.items():
-        values = metrics.evaluate(
-            network,
-            held_out,
-            few=few.cpu(),
-            features=features,
-            n=n,
-            seed=adaptation.seed,
-            latent_dim=adaptation.latent_dim,
-        )
+    networks = {"barycenter": start, "adapted": adaptation.adapt(start, few, snapshots)}
+    figures: dict[str, MetricRecordValues] = {
+        records.WEIGHT: len(few),
+        "adapt-seconds": perf_counter() - began,
+    }
+    info = ConfigRecord({"features": str(getattr(features, "digest", ""))})
+    if adaptation.ternarize:
+        began = perf_counter()
+        networks["ternary"] = adaptation.ternarized(networks["adapted"])
+        figures["ternarize-seconds"] = perf_counter() - began
+        info[records.TERNARY] = ternary.pack(networks["ternary"])
+    judge = _Judge(settings, few.cpu(), held_out, features, adaptation)
+    steps = {"few": judge.of_real(few.cpu())}
+    if settings.bank:
+        pool = generate(start, POOL, seed=adaptation.seed, latent_dim=adaptation.latent_dim)
+        steps["bank"] = judge.of_real(variation_bank(few.cpu(), pool, seed=adaptation.seed))
+    steps |= {step: judge.of(network) for step, network in networks.items()}
+    for step, values in steps.items():
         figures |= {f"{step}/{name}": value for name, value in values.items()}
+    if settings.snapshots:
+        info |= _curve(snapshots, start, judge)
+    pictures: dict[str, Tensor] = {"few": few[:PICTURES].cpu()}
+    for step, network in networks.items():
         pictures[step] = generate(network, PICTURES, latent_dim=adaptation.latent_dim)
-    info = ConfigRecord({} if tern is None else {records.TERNARY: ternary.pack(tern)})
     return RecordDict(
         {
             records.METRICS: MetricRecord(figures),
@@ -256,3 +277,59 @@ def target_evaluate(
             records.SAMPLES: records.from_tensors(pictures),
         }
     )
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What the steps of one target have in common when they are evaluated."""
+
+    settings: Evaluation
+    few: Tensor
+    held_out: Tensor
+    features: Callable[[Tensor], Tensor] | None
+    adaptation: FastAdaptation
+
+    def of(self, network: nn.Module) -> dict[str, float]:
+        """Return the figures of a generator."""
+        return self._mean(
+            lambda n, seed: generate(network, n, seed=seed, latent_dim=self.adaptation.latent_dim)
+        )
+
+    def of_real(self, samples: Tensor) -> dict[str, float]:
+        """Return the figures of drawing from samples, with replacement."""
+        draw = resample(samples)
+        return self._mean(lambda n, seed: draw(n, torch.Generator().manual_seed(seed)))
+
+    def _mean(self, draw: Callable[[int, int], Tensor]) -> dict[str, float]:
+        n = self.settings.samples or len(self.held_out)
+        found = [
+            metrics.compare(
+                draw(n, self.adaptation.seed + k),
+                self.held_out,
+                few=self.few,
+                features=self.features,
+            )
+            for k in range(self.settings.draws)
+        ]
+        return {name: fmean(figures[name] for figures in found) for name in found[0]}
+
+
+def _iterations(adaptation: FastAdaptation) -> int:
+    return (adaptation.adaptation or Adaptation()).training.iterations
+
+
+def _curve(
+    snapshots: Snapshots, start: nn.Module, judge: _Judge
+) -> dict[str, list[int] | list[float]]:
+    """Return the figures during the adaptation, as columns ``curve/<name>``."""
+    columns: dict[str, list[Any]] = {"curve/iterations": [0], "curve/seconds": [0.0]}
+    for name, value in judge.of(start).items():
+        columns[f"curve/{name}"] = [value]
+    for iteration, seconds, state in snapshots.taken:
+        network = deepcopy(start)
+        network.load_state_dict(state)
+        columns["curve/iterations"].append(iteration)
+        columns["curve/seconds"].append(seconds)
+        for name, value in judge.of(network).items():
+            columns[f"curve/{name}"].append(value)
+    return columns

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from fl_wb.checkpoint import Checkpoint
 from fl_wb.isolation import copy_of
 from fl_wb.networks import MLPCritic, device_of, generate
 from fl_wb.transport import energy_distance
@@ -39,6 +40,9 @@ class Adaptation:
         in the paper, for comparison.
     anchor
         lambda, the weight of E||g(z) - g_start(z)||^2; None chooses it by `choose_anchor`.
+    fresh
+        The start is a fresh network instead of a good generator: its normalisation learns its
+        statistics, too (see `fl_wb.wgan.train_wgan`). For the baseline that has no start.
     training
         The WGAN-GP. At most 200 iterations: few samples are memorised later. A critic that is
         well ahead of the generator measured better coverage than more iterations.
@@ -46,6 +50,7 @@ class Adaptation:
 
     method: str = "variation"
     anchor: float | None = None
+    fresh: bool = False
     training: Training = field(
         default_factory=lambda: Training(iterations=200, warmup=300, critic_steps=8)
     )
@@ -66,6 +71,7 @@ def adapt(
     latent_dim: int | None = None,
     device: str | torch.device | None = None,
     callback: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> nn.Module:
     """Adapt a generator to a few samples; the arguments are left alone.
 
@@ -86,8 +92,8 @@ def adapt(
         For a generator without the attribute.
     device : optional
         Where to train; where the generator is if None.
-    callback : optional
-        Told (iterations done, in all, losses).
+    callback, checkpoint : optional
+        Told (iterations done, in all, losses); where to save and resume.
 
     Returns
     -------
@@ -118,7 +124,7 @@ def adapt(
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
-        copy_of(start).requires_grad_(True),
+        copy_of(start).requires_grad_(True).train(settings.fresh),
         [fresh],
         [real],
         training,
@@ -126,6 +132,7 @@ def adapt(
         seed=seed,
         regularizer=regularizer,
         callback=callback,
+        checkpoint=checkpoint,
     )
     return trained.generator.to(home)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from time import perf_counter
 from typing import Protocol
 
 import torch
@@ -86,6 +87,45 @@ class TrainingState:
         """Save the state if enough time has passed since the last time."""
         if checkpoint.due():
             checkpoint.save(self.tensors())
+
+
+class Snapshots:
+    """A `Checkpoint` that keeps what training would return if it ended there, and resumes nothing.
+
+    Parameters
+    ----------
+    iterations : int
+        Of the training.
+    number : int
+        How many snapshots are taken, evenly spaced, the last at the end.
+
+    Attributes
+    ----------
+    taken
+        For each: iterations done, seconds since this object was made, and the averaged
+        generator's state.
+    """
+
+    def __init__(self, iterations: int, number: int) -> None:
+        self.at = {round(iterations * k / number) for k in range(1, number + 1)}
+        self.taken: list[tuple[int, float, dict[str, Tensor]]] = []
+        self._done, self._began = 0, perf_counter()
+
+    def load(self) -> None:
+        """Return that there is nothing to resume."""
+
+    def discard(self, reason: str) -> None:
+        """Do nothing: nothing is ever loaded."""
+
+    def due(self) -> bool:
+        """Whether a snapshot is to be taken; a training asks after each iteration."""
+        self._done += 1
+        return self._done in self.at
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        """Keep the moving average in a training's state."""
+        seconds = perf_counter() - self._began
+        self.taken.append((self._done, seconds, _below(state, "average/weight/")))
 
 
 def _below(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

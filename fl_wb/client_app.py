@@ -25,6 +25,7 @@ from fl_wb import datasets, records
 from fl_wb.clients import FastAdaptation, source_train, target_evaluate
 from fl_wb.config import Config, from_run_config
 from fl_wb.metrics import train_features
+from fl_wb.mixture import fitting
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
 from fl_wb.task import factories
@@ -95,21 +96,24 @@ def evaluate(message: Message, context: Context) -> Message:
     config, node = _prepare(context)
     generator, critic = factories(config)
     few, held_out, features = _target_samples(config, node)
+    arrays = message.content.array_records.get(records.ARRAYS, {})
+    shapes = {name: array.shape for name, array in arrays.items()}
     content = target_evaluate(
         message,
         context,
         FastAdaptation(
-            generator,
+            lambda: fitting(shapes, generator),  # an ensemble's model is one of several
             lambda _: few,
             critic=critic,
             adaptation=config.client.adaptation,
+            ternarize=config.client.ternarize,
             ternarization=config.client.ternarization,
             seed=_seed(config, len(config.data.sources) + node.index),
             device=node.device,
         ),
         held_out,
         features,
-        config.client.evaluation_samples,
+        config.client.evaluation,
     )
     content.config_records[records.INFO][records.PARTITION] = node.index
     return Message(content, reply_to=message)

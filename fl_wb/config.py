@@ -27,11 +27,14 @@ from fl_wb import limits
 from fl_wb.adaptation import METHODS, Adaptation
 from fl_wb.barycenter import GEODESICS, STARTS, Stage
 from fl_wb.datasets import DataConfig
+from fl_wb.metrics import Evaluation
 from fl_wb.overrides import ConfigError as ConfigError
 from fl_wb.overrides import check_key, option_groups, parse, split, words
 from fl_wb.store import SECONDS_BETWEEN_CHECKPOINTS
 from fl_wb.ternary import Ternarization
 from fl_wb.wgan import Training
+
+STRATEGIES = ("adaptive_coalescence", "fedavg", "transfer", "ensemble", "edge_only")
 
 
 @dataclass
@@ -63,7 +66,10 @@ class StrategyConfig:
     Attributes
     ----------
     name
-        "adaptive_coalescence", or "fedavg" (Flower's own, for comparison).
+        "adaptive_coalescence", or a baseline: "fedavg" (Flower's own), "transfer" (one source's
+        generator), "ensemble" (all of them, pooled), "edge_only" (a fresh network).
+    source
+        Whose generator "transfer" hands on: its number in data.sources.
     stage
         How two generators are merged (adaptive coalescence only).
     patience
@@ -76,6 +82,7 @@ class StrategyConfig:
     """
 
     name: str = "adaptive_coalescence"
+    source: int = 0
     patience: int | None = 3
     screening: float | None = None
     checkpoint_seconds: float = SECONDS_BETWEEN_CHECKPOINTS
@@ -92,16 +99,21 @@ class ClientConfig:
         How a source trains its generator on its own data.
     adaptation
         How a target adapts the barycenter to its few samples.
-    ternarization
-        How a target ternarizes what it adapted.
-    evaluation_samples
-        Samples that a generator draws to be evaluated; None: as many as are held out.
+    ternarize
+        Whether a target ternarizes what it adapted; `ternarization` says how.
+    evaluation
+        How a target compares its generators with held-out samples.
+    features
+        In what samples are compared: "classifier" (a small one, trained on the run's data),
+        "inception" (for natural RGB images; pip install "fl-wb[inception]") or "pixels".
     """
 
     source: Training = field(default_factory=lambda: Training(generator_lr=5e-4))
     adaptation: Adaptation = field(default_factory=Adaptation)
+    ternarize: bool = True
     ternarization: Ternarization = field(default_factory=Ternarization)
-    evaluation_samples: int | None = None
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    features: str = "classifier"
 
 
 @dataclass
@@ -158,7 +170,8 @@ RULES: dict[str, limits.Rule] = {
     "network.critic": limits.one_of("mlp", "dcgan"),
     "latent_dim": limits.at_least(1),
     "width": limits.at_least(1),
-    "strategy.name": limits.one_of("adaptive_coalescence", "fedavg"),
+    "strategy.name": limits.one_of(*STRATEGIES),
+    "strategy.source": limits.at_least(0),
     "patience": limits.at_least(1),
     "screening": limits.above(1),
     "checkpoint_seconds": limits.at_least(0),
@@ -167,7 +180,15 @@ RULES: dict[str, limits.Rule] = {
     "method": limits.one_of(*METHODS),
     "anchor": limits.at_least(0),
     "fidelity": limits.at_least(0),
-    "evaluation_samples": limits.at_least(2),
+    "client.evaluation.samples": limits.at_least(2),
+    "draws": limits.at_least(1),
+    "bank": limits.SWITCH,
+    "ternarize": limits.SWITCH,
+    "fresh": limits.SWITCH,
+    "pooled": limits.SWITCH,
+    "source_samples_per_class": limits.COUNTS,
+    "snapshots": limits.at_least(0),
+    "features": limits.one_of("classifier", "inception", "pixels"),
     "iterations": limits.at_least(1),
     "batch_size": limits.at_least(2),
     "critic_steps": limits.at_least(1),
@@ -205,7 +226,7 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
     try:
         with _hydra():
             composed = hydra.compose("config", overrides)
-        values = dict(_values(OmegaConf.to_container(composed)))
+        values = dict(_values(OmegaConf.to_container(composed, resolve=True)))
         wrong = limits.violations(values, RULES)
         if values["data.name"] != "digits" and not (values["data.root"] or values["data.shape"]):
             wrong.append(
@@ -214,9 +235,28 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
             )
         if wrong:
             raise ConfigError("; ".join(wrong))
-        return cast(Config, OmegaConf.to_object(composed))
+        return _completed(cast(Config, OmegaConf.to_object(composed)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
+
+
+def _completed(config: Config) -> Config:
+    """Fill in what one setting says about another, and refuse what contradicts another."""
+    data, number = config.data, config.strategy.source
+    if data.pooled:
+        data.sources = [sorted({label for classes in data.targets for label in classes})]
+    if number >= len(data.sources):
+        raise ConfigError(
+            f"strategy.source={number} must be less than {len(data.sources)}, the number of "
+            "data.sources: they are counted from 0"
+        )
+    sizes = data.source_samples_per_class
+    if sizes is not None and len(sizes) != len(data.sources):
+        raise ConfigError(
+            f"data.source_samples_per_class={sizes} must have one number for each of the "
+            f"{len(data.sources)} data.sources"
+        )
+    return config
 
 
 def from_run_config(run_config: Mapping[str, Any]) -> Config:

@@ -43,6 +43,12 @@ class DataConfig:
     # Classes of each target node, and how many images of each class it has.
     targets: list[list[int]] = field(default_factory=lambda: [list(range(10))])
     samples_per_class: int = 10
+    # Most images of a class that each source keeps of its share; None: all. A source's weight is
+    # the number of its images.
+    source_samples_per_class: list[int] | None = None
+    # One source in place of `sources`, with every training image of the targets' classes, also
+    # those that the targets have: the ceiling, which no node can reach.
+    pooled: bool = False
     held_out: float = (
         0.3  # share kept for evaluation; unused where the data brings a test part of its own
     )
@@ -227,9 +233,15 @@ def _partition(
     for index, classes in enumerate(data.targets):
         if label in classes and 0 < data.samples_per_class <= len(order):
             targets[index], order = np.split(order, [data.samples_per_class])
+    if data.pooled:
+        order = np.concatenate([*targets.values(), order])
     owners = [index for index, classes in enumerate(data.sources) if label in classes]
     shares = np.array_split(order, len(owners)) if owners else []
-    return targets, dict(zip(owners, shares, strict=True))
+    most = data.source_samples_per_class
+    return targets, {
+        index: share if most is None else share[: most[index]]
+        for index, share in zip(owners, shares, strict=True)
+    }
 
 
 @lru_cache(maxsize=4)

@@ -59,6 +59,13 @@ CLASSES = Rule(
     "such as [[0,1,2],[3,4]]",
 )
 
+SWITCH = Rule(lambda value: isinstance(value, bool), "true or false")
+
+COUNTS = Rule(
+    lambda value: len(value) > 0 and all(count > 0 for count in value),
+    "a list with one number, 1 or more, for each node, such as [100,25]",
+)
+
 SHAPE = Rule(
     lambda value: len(value) == 3 and all(size > 0 for size in value),
     "channels, height and width, such as [1,28,28]",

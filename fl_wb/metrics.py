@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from fl_wb.transport import wasserstein1
 __all__ = [
     "HIGHER_IS_BETTER",
     "LOWER_IS_BETTER",
+    "Evaluation",
     "Features",
     "compare",
     "coverage",
@@ -43,6 +45,28 @@ HIGHER_IS_BETTER = ("density", "coverage", "memorization")
 NEIGHBOURS = 5  # Naeem et al. chose it; it must not differ between results that are compared
 DRAWS = 20  # held-out sets that the memorization ratio is averaged over
 ENTRIES = 1 << 22  # of a distance matrix held at a time: 32 MiB
+
+
+@dataclass
+class Evaluation:
+    """How a target compares its generators with held-out samples.
+
+    Attributes
+    ----------
+    samples
+        That a generator draws; None: as many as are held out.
+    draws
+        Of so many samples, whose figures are averaged.
+    bank
+        Whether the raw variation bank, which needs no training, is evaluated too.
+    snapshots
+        How often the generator is evaluated during its adaptation, for a plot of convergence.
+    """
+
+    samples: int | None = None
+    draws: int = 1
+    bank: bool = False
+    snapshots: int = 0
 
 
 def evaluate(

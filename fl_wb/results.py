@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from fl_wb import records, ternary
 from fl_wb.config import Config
+from fl_wb.mixture import fitting
 from fl_wb.networks import generate
+from fl_wb.numpy_reader import parse
 from fl_wb.storage import save_tensors, write_atomic
 from fl_wb.tracking import Tracker, progress, summary_table
 
 log = logging.getLogger("flwr")
 
 COLUMNS = 12  # of a grid of pictures
-STEPS = ("barycenter", "adapted", "ternary")
+STEPS = ("few", "bank", "barycenter", "adapted", "ternary")
 EVENTS = 20  # iterations between two points of a loss curve
 
 
@@ -38,12 +40,22 @@ class Results:
         Of the run.
     generator : callable
         Factory of the run's generators.
+    overrides : str
+        What was set, in the user's words: the result file says it beside the whole configuration.
     """
 
     def __init__(
-        self, tracker: Tracker, config: Config, generator: Callable[[], nn.Module]
+        self,
+        tracker: Tracker,
+        config: Config,
+        generator: Callable[[], nn.Module],
+        overrides: str = "",
     ) -> None:
         self.tracker, self.config, self.generator = tracker, config, generator
+        self.overrides = overrides
+        # The final model is called what it is.
+        name = config.strategy.name
+        self.model = "barycenter" if name == "adaptive_coalescence" else name
         self.output: Path = tracker.output
         self.sources: dict[int, dict[str, Any]] = {}
         self.targets: dict[int, dict[str, Any]] = {}
@@ -78,7 +90,7 @@ class Results:
         self.ternary_bytes = []
         for content in contents:
             index = _partition(content)
-            self.targets[index] = _figures(content)
+            self.targets[index] = _figures(content) | _said(content)
             self._keep_ternary(index, content)
             pictures = content.array_records.get(records.SAMPLES)
             try:
@@ -125,6 +137,7 @@ class Results:
                 "targets": self.targets,
                 "bytes": {"generator": size, "ternary": self.ternary_bytes},
                 "seconds": perf_counter() - self._began,
+                "overrides": self.overrides,
                 "config": asdict(self.config),
             },
         )
@@ -134,10 +147,11 @@ class Results:
             raise RuntimeError("no target evaluated the generator: the log above says why")
         packed = max(self.ternary_bytes, default=0)
         sizes = {"barycenter": size, "adapted": size, "ternary": packed}
-        titles = {"barycenter": "fedavg" if self.config.strategy.name == "fedavg" else "barycenter"}
+        titles = {"barycenter": self.model, "few": "few, resampled"}
         return summary_table(
             {
-                titles.get(step, step): {**figures, "kB": sizes[step] / 1000}
+                titles.get(step, step): figures
+                | ({"kB": sizes[step] / 1000} if step in sizes else {})
                 for step, figures in last.items()
             }
         )
@@ -148,7 +162,7 @@ class Results:
             return
         name = f"ternary/target-{index}.flwb"
         try:
-            ternary.unpack(packed, self.generator())
+            ternary.unpack(packed, self._network(_shapes(parse(packed)[1])))
             write_atomic(self.output / name, packed)
             self.ternary_bytes.append(len(packed))
         except (ternary.PackedFileError, OSError) as error:
@@ -158,16 +172,21 @@ class Results:
         """Save the final generator; return its size in bytes."""
         if not result.arrays:
             return 0
-        network = records.load(result.arrays, self.generator())
+        network = records.load(result.arrays, self._network(_shapes(result.arrays)))
         state = network.state_dict()
         self._pictures["barycenter"] = {0: generate(network, COLUMNS * 4)}
         self.tracker.images("barycenter", self._pictures["barycenter"][0], columns=COLUMNS)
-        name = "fedavg" if self.config.strategy.name == "fedavg" else "barycenter"
         try:
-            save_tensors(self.output / f"{name}.safetensors", state)
+            save_tensors(self.output / f"{self.model}.safetensors", state)
         except OSError as error:
-            log.warning("%s.safetensors is left out: %s", name, error)
+            log.warning("%s.safetensors is left out: %s", self.model, error)
         return sum(value.numel() * value.element_size() for value in state.values())
+
+    def _network(self, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+        """Make the network that a model's arrays are of: an ensemble has several generators."""
+        if self.config.strategy.name != "ensemble":
+            return self.generator()
+        return fitting(shapes, self.generator, most=len(self.sources))
 
     def _draw(self, step: str, tag: str) -> None:
         rows = _rows(step, self._pictures.get(step, {}))
@@ -200,6 +219,22 @@ def _steps(figures: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _figures(content: RecordDict) -> dict[str, Any]:
     return dict(_only(content.metric_records))
+
+
+def _said(content: RecordDict) -> dict[str, Any]:
+    """Return what a target's reply says beside its metrics: its features, and its convergence."""
+    info = _info(content)
+    said: dict[str, Any] = {"features": info["features"]} if info.get("features") else {}
+    curve = {k.removeprefix("curve/"): list(v) for k, v in info.items() if _is_curve(k, v)}
+    return said | ({"curve": curve} if curve else {})
+
+
+def _is_curve(name: str, values: object) -> bool:
+    return name.startswith("curve/") and isinstance(values, list)
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def _partition(content: RecordDict) -> int:

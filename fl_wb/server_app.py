@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from logging import INFO
 from pathlib import Path
 from time import monotonic, sleep
@@ -17,7 +18,7 @@ from fl_wb import records
 from fl_wb.config import Config, from_run_config
 from fl_wb.results import Results
 from fl_wb.store import StageStore
-from fl_wb.strategies import AdaptiveCoalescence, RoleFedAvg
+from fl_wb.strategies import AdaptiveCoalescence, EdgeOnly, Ensemble, RoleFedAvg, Transfer
 from fl_wb.task import factories, seeded
 from fl_wb.tracking import Tracker
 
@@ -43,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
     output = Path(config.output)
     tracker = Tracker(output)
     generator, _ = factories(config)
-    results = Results(tracker, config, generator)
+    results = Results(tracker, config, generator, str(context.run_config.get("overrides", "")))
     log(INFO, "Results go to %s", output)
     try:
         strategy = make_strategy(config, results)
@@ -72,8 +73,14 @@ def make_strategy(config: Config, results: Results) -> FedAvg:
         "train_metrics_aggr_fn": results.train,
         "evaluate_metrics_aggr_fn": results.evaluate,
     }
-    if config.strategy.name == "fedavg":
-        return RoleFedAvg(**arguments)
+    baselines: dict[str, Callable[[], FedAvg]] = {
+        "fedavg": lambda: RoleFedAvg(**arguments),
+        "transfer": lambda: Transfer(**arguments, source=config.strategy.source),
+        "ensemble": lambda: Ensemble(**arguments),
+        "edge_only": lambda: EdgeOnly(**arguments),
+    }
+    if config.strategy.name in baselines:
+        return baselines[config.strategy.name]()
     generator, critic = factories(config)
     return AdaptiveCoalescence(
         **arguments,

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fl_wb.distillation import Distillation, distill
 from fl_wb.isolation import copy_of
+from fl_wb.mixture import Map, mix
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
 from fl_wb.transport import displacement
@@ -29,9 +30,6 @@ from fl_wb.wgan import (
     resample,
     train_wgan,
 )
-
-Map = Callable[[Tensor], Tensor]
-"""Latents (n, latent_dim) to samples (n, ...)."""
 
 POOL = 8192
 """Samples of each measure that a stage's critics see, at most: drawn once, as it would be from a
@@ -84,33 +82,15 @@ class Stage:
 def mixture_map(previous: Map, new: Map, t: float) -> Map:
     """Write the exact mixture (1-t) nu + t mu of two generators as ONE map of the latent.
 
-    With u = Phi(z_0): `previous` at z_0' = Phi^-1(u / (1-t)) if u < 1-t, else `new` at
-    z_0' = Phi^-1((u - (1-t)) / t), the other coordinates unchanged. For z ~ N(0, I), z' is
-    again N(0, I) in either case, so the push-forward is the mixture itself: a W1-optimal
-    point at equal weights, for any t. (Ours; not in the paper.)
+    The push-forward is the mixture itself (`fl_wb.mixture`): a W1-optimal point at equal
+    weights, for any t. (Ours; not in the paper.)
 
     Returns
     -------
     callable
         Latents (n, latent_dim) to samples (n, ...).
     """
-
-    def mixture(z: Tensor) -> Tensor:
-        u = torch.special.ndtr(z[:, 0].double())
-        first = u < 1 - t
-        inner = torch.where(first, u / (1 - t), (u - (1 - t)) / t)
-        z = z.clone()
-        # Phi rounds to 0 or 1 in the far tails, where its inverse is infinite
-        z[:, 0] = torch.special.ndtri(inner.clamp(1e-9, 1 - 1e-9)).to(z.dtype)
-        here, there = first.nonzero().squeeze(1), (~first).nonzero().squeeze(1)
-        # few networks expect an empty batch, which a small t soon brings
-        parts = ((previous, z[here]), (new, z[there]))
-        unordered = torch.cat([generator(part) for generator, part in parts if len(part)])
-        samples = torch.empty_like(unordered)
-        samples[torch.cat([here, there])] = unordered
-        return samples
-
-    return mixture
+    return lambda z: mix([previous, new], [1 - t, t], z)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ MATHEMATICS = (
         "metrics",
         "features",
         "datasets",
+        "mixture",
         "packing",
         "screening",
         "numpy_reader",

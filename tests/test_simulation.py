@@ -37,7 +37,7 @@ TINY = [
     "client.ternarization.training.warmup=2",
     "data.samples_per_class=3",
 ]
-STEPS = ("barycenter", "adapted", "ternary")
+STEPS = ("few", "barycenter", "adapted", "ternary")
 NAMES = ("w1", "frechet", "kid", "energy", "density", "coverage", "memorization")
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -91,7 +91,13 @@ def test_a_simulation_leaves_its_results(tmp_path: Path) -> None:
 
     # Assert
     assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("memorization", "coverage", *STEPS, f"Results: {tmp_path / 'run'}"):
+    for word in (
+        "memorization",
+        "coverage",
+        "few, resampled",
+        *STEPS,
+        f"Results: {tmp_path / 'run'}",
+    ):
         assert word in done.stdout
     found = check_results(tmp_path / "run")
     assert found["rounds"]["1"]["train"]["uploads-merged"] == 2
