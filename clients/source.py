@@ -137,9 +137,9 @@ def source_train(
         data = samples()
         if len(data) == 0:
             raise ValueError(f"node {context.node_id} has no samples to train on")
-        kept = None if again else store
+        # Named by where training starts, too: a round of FedAvg finds nothing of the one before.
         key = _key(network, _seeded(critic, seed), data, training, seed)
-        found = kept.get(key) if kept else None
+        found = store.get(key) if store else None
         if found is None:
             trained, figures = train_source(
                 network.to(device),
@@ -149,13 +149,13 @@ def source_train(
                 latent_dim=latent_dim,
                 seed=seed,
                 callback=callback,
-                checkpoint=kept.checkpoint(key) if kept else None,
+                checkpoint=store.checkpoint(key) if store else None,
             )
             found = dict(trained.state_dict())
             found |= {_FIGURE + n: torch.tensor(v).double() for n, v in sorted(figures.items())}
-            if kept:
-                kept.put(key, found)
-                kept.keep_only([key])
+            if store:
+                store.put(key, found)
+                store.keep_only([key])
         arrays = {n: value for n, value in found.items() if not n.startswith(_FIGURE)}
         figures = {n.removeprefix(_FIGURE): float(found[n]) for n in found if n not in arrays}
         state[_GENERATOR] = ArrayRecord(arrays)

@@ -266,7 +266,7 @@ def target_evaluate(
     for step, values in steps.items():
         figures |= {f"{step}/{name}": value for name, value in values.items()}
     if settings.snapshots:
-        info |= _curve(snapshots, start, judge)
+        info.update(_curve(snapshots, start, judge))
     pictures: dict[str, Tensor] = {"few": few[:PICTURES].cpu()}
     for step, network in networks.items():
         pictures[step] = generate(network, PICTURES, latent_dim=adaptation.latent_dim)

@@ -135,7 +135,12 @@ class Results:
                 "rounds": rounds,
                 "sources": self.sources,
                 "targets": self.targets,
-                "bytes": {"generator": size, "ternary": self.ternary_bytes},
+                "bytes": {
+                    "generator": size,
+                    "generator-on-the-wire": sum(len(a.data) for a in result.arrays.values()),
+                    "generator-on-disk": _size_of(self.output / f"{self.model}.safetensors"),
+                    "ternary": self.ternary_bytes,  # the same on the wire and on disk
+                },
                 "seconds": perf_counter() - self._began,
                 "overrides": self.overrides,
                 "config": asdict(self.config),
@@ -227,6 +232,10 @@ def _said(content: RecordDict) -> dict[str, Any]:
     said: dict[str, Any] = {"features": info["features"]} if info.get("features") else {}
     curve = {k.removeprefix("curve/"): list(v) for k, v in info.items() if _is_curve(k, v)}
     return said | ({"curve": curve} if curve else {})
+
+
+def _size_of(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
 
 
 def _is_curve(name: str, values: object) -> bool:

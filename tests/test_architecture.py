@@ -30,7 +30,8 @@ LAYERS = (
     {"limits", "overrides", "config", "records", "parts", "tracking"},
     {"strategies", "clients", "results", "task"},
     {"server_app", "client_app"},
-    {"launcher", "cli", "certificates"},
+    {"launcher", "cli", "certificates", "plots"},
+    {"report"},
 )
 
 
