@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fl_wb import limits
 from fl_wb.adaptation import METHODS, Adaptation
 from fl_wb.barycenter import GEODESICS, STARTS, Stage
-from fl_wb.datasets import DataConfig
+from fl_wb.datasets import NAMES, DataConfig
 from fl_wb.metrics import Evaluation
 from fl_wb.overrides import ConfigError as ConfigError
 from fl_wb.overrides import check_key, option_groups, parse, split, words
@@ -160,7 +160,8 @@ RULES: dict[str, limits.Rule] = {
     "device": limits.DEVICE,
     "nodes": limits.at_least(1),
     "timeout": limits.above(0),
-    "data.name": limits.one_of("digits", "idx", "images"),
+    "data.name": limits.one_of(*NAMES),
+    "limit": limits.at_least(2),
     "data.sources": limits.CLASSES,
     "data.targets": limits.CLASSES,
     "data.shape": limits.SHAPE,
@@ -228,11 +229,14 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
             composed = hydra.compose("config", overrides)
         values = dict(_values(OmegaConf.to_container(composed, resolve=True)))
         wrong = limits.violations(values, RULES)
-        if values["data.name"] != "digits" and not (values["data.root"] or values["data.shape"]):
+        here = values["data.name"] in ("digits", "hub")
+        if not (here or values["data.root"] or values["data.shape"]):
             wrong.append(
                 "data.root must be given: the folder of the data (data.root=FOLDER); or "
                 "data.shape, where every node has data of its own"
             )
+        if values["data.name"] == "hub" and not values["data.dataset"]:
+            wrong.append("data.dataset must be given, such as uoft-cs/cifar10")
         if wrong:
             raise ConfigError("; ".join(wrong))
         return _completed(cast(Config, OmegaConf.to_object(composed)))

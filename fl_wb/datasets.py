@@ -1,9 +1,9 @@
 """Real data and how it is spread over the nodes.
 
-Three sources of data, none of which is downloaded: scikit-learn's bundled 8x8 digits, a folder of
-IDX files (MNIST and its many relatives) and a folder of class folders of pictures. A fixed part is
-held out and never meets training; from the rest, every target node first gets its few samples, then
-the source nodes share what is left, so no two nodes of a run ever see the same picture.
+Scikit-learn's bundled 8x8 digits, a folder of IDX files (MNIST and its many relatives) or of class
+folders of pictures, or, as an extra, what flwr-datasets finds on the Hugging Face Hub. A fixed part
+is held out and never meets training; from the rest, every target node first gets its few samples,
+then the source nodes share what is left: no two nodes of a run ever see the same picture.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fl_wb.readers import IDX_NAME, Bytes, DataError, read_idx_folder, read_picture_folder
+from fl_wb import hub, readers
+from fl_wb.readers import IDX_NAME, Bytes, DataError
+
+NAMES = ("digits", "idx", "images", "hub")
 
 Indices = npt.NDArray[np.int64]
 
-# The held-out part is the same whatever the partition seed is: figures of different seeds stay
-# comparable.
+# The held-out part is the same for all partition seeds: their figures stay comparable.
 SPLIT_SEED = 2101
 
 
@@ -31,12 +34,14 @@ SPLIT_SEED = 2101
 class DataConfig:
     """Which data a run uses and which node gets what."""
 
-    name: str = (
-        "digits"  # "digits" (bundled 8x8 digits), "idx" (IDX files), "images" (folders of pictures)
-    )
+    # "digits" (bundled 8x8 digits), "idx" (IDX files), "images" (folders of pictures), "hub"
+    # (flwr-datasets)
+    name: str = "digits"
     root: str | None = None  # the folder of "idx" and "images"
+    dataset: str | None = None  # of "hub": its name there, or a folder in its format
+    limit: int | None = None  # most images that "hub" reads of its training and its test part
     # Shape (c, h, w) of an image. Only needed where the nodes bring data of their own and the
-    # server has none to look at.
+    # server has none to look at; and what images of the hub are brought to.
     shape: list[int] | None = None
     # Classes of each source node. Sources that share a class get disjoint images of it.
     sources: list[list[int]] = field(default_factory=lambda: [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
@@ -49,9 +54,8 @@ class DataConfig:
     # One source in place of `sources`, with every training image of the targets' classes, also
     # those that the targets have: the ceiling, which no node can reach.
     pooled: bool = False
-    held_out: float = (
-        0.3  # share kept for evaluation; unused where the data brings a test part of its own
-    )
+    # Share kept for evaluation; unused where the data brings a test part of its own.
+    held_out: float = 0.3
     seed: int = 0  # of the partition over the nodes; the held-out part does not depend on it
 
 
@@ -85,11 +89,13 @@ def load(data: DataConfig) -> tuple[Samples, Samples]:
     DataError
         If the data is not there or damaged, or ``data.name`` or ``data.held_out`` is out of range.
     """
-    if data.name not in ("digits", "idx", "images"):
-        raise DataError(f"data.name={data.name!r} is unknown; it can be: digits, idx, images")
+    if data.name not in NAMES:
+        raise DataError(f"data.name={data.name!r} is unknown; it can be: {', '.join(NAMES)}")
     if not 0 < data.held_out < 1:
         raise DataError(f"data.held_out={data.held_out} must lie between 0 and 1")
-    return _load(data.name, data.root, data.held_out)
+    if data.name != "hub":
+        return _load(data.name, data.root, data.held_out)
+    return _load("hub", data.dataset, data.held_out, tuple(data.shape or ()), data.limit)
 
 
 def load_own(folder: str, data: DataConfig) -> tuple[Samples, Samples]:
@@ -245,22 +251,29 @@ def _partition(
 
 
 @lru_cache(maxsize=4)
-def _load(name: str, root: str | None, share: float) -> tuple[Samples, Samples]:
-    train, test = _read(name, root, share)
+def _load(name: str, place: str | None, share: float, *details: Any) -> tuple[Samples, Samples]:
+    train, test = _read(name, place, share, *details)
     return _shuffled(train), _shuffled(test)
 
 
-def _read(name: str, root: str | None, share: float) -> tuple[Samples, Samples]:
+def _read(name: str, place: str | None, share: float, *details: Any) -> tuple[Samples, Samples]:
     if name == "digits":
-        return _split(_digits(), share)
-    if not root:
-        raise DataError(f"data.name={name} needs data.root, the folder that holds the data")
-    folder = Path(root).expanduser()
+        return _split(_to_samples(*readers.read_digits()), share)
+    if not place:
+        key, what = ("dataset", "its name") if name == "hub" else ("root", "its folder")
+        raise DataError(f"data.name={name} needs data.{key}, {what}")
+    if name == "hub":
+        return _parts([_to_samples(*part) for part in hub.read_hub(place, *details)], share)
+    folder = Path(place).expanduser()
     if not folder.is_dir():
         raise DataError(f"data.root={folder} is not a folder")
     if name == "images":
-        return _split(_to_samples(*read_picture_folder(folder)), share)
-    parts = [_to_samples(*part) for part in read_idx_folder(folder)]
+        return _split(_to_samples(*readers.read_picture_folder(folder)), share)
+    return _parts([_to_samples(*part) for part in readers.read_idx_folder(folder)], share)
+
+
+def _parts(parts: list[Samples], share: float) -> tuple[Samples, Samples]:
+    """Return training and held-out part, of data that may bring a test part of its own."""
     return _split(parts[0], share) if len(parts) == 1 else (parts[0], parts[1])
 
 
@@ -280,15 +293,7 @@ def _shuffled(samples: Samples) -> Samples:
     return samples[np.random.default_rng(SPLIT_SEED).permutation(len(samples))]
 
 
-def _digits() -> Samples:
-    from sklearn.datasets import load_digits  # here: it takes a second that other data need not pay
-
-    digits = load_digits()
-    # The pixels count from 0 to 16.
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 8 - 1
-    return Samples(images, torch.from_numpy(digits.target).long())
-
-
-def _to_samples(pixels: Bytes, labels: Indices) -> Samples:
-    """Scale (n, c, h, w) bytes to [-1, 1]."""
-    return Samples(torch.from_numpy(pixels).float().div_(127.5).sub_(1), torch.from_numpy(labels))
+def _to_samples(pixels: Bytes, labels: Indices, top: int = 255) -> Samples:
+    """Scale (n, c, h, w) bytes from 0 to top to [-1, 1]."""
+    images = torch.from_numpy(pixels).float().div_(top / 2).sub_(1)
+    return Samples(images, torch.from_numpy(labels))

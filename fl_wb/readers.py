@@ -27,6 +27,14 @@ class DataError(ValueError):
     """Data that cannot be used; the text names the file, node or class and what is allowed."""
 
 
+def read_digits() -> tuple[Bytes, Labels, int]:
+    """Return scikit-learn's 8x8 digits (n, 1, 8, 8), their labels, and the highest value, 16."""
+    from sklearn.datasets import load_digits  # here: it takes a second that other data need not pay
+
+    digits = load_digits()
+    return digits.images[:, None].astype(np.uint8), digits.target.astype(np.int64), 16
+
+
 def read_idx_folder(folder: Path) -> list[tuple[Bytes, Labels]]:
     """Read one pair of IDX files, or a training and a test pair, in this order.
 

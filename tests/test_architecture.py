@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Lower layers first. A module imports from its own layer and from those below, never from above.
 MATHEMATICS = (
-    {"readers", "storage", "isolation", "networks", "transport", "checkpoint", "store"},
+    {"readers", "hub", "storage", "isolation", "networks", "transport", "checkpoint", "store"},
     {
         "wgan",
         "distillation",

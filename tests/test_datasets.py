@@ -117,7 +117,7 @@ def test_held_out_keeps_to_its_classes():
         (target_samples, {"samples_per_class": 500}, ["data.targets[0]", "class 0", "500"]),
         (target_samples, {"samples_per_class": 0}, ["data.targets[0]", "samples_per_class=0"]),
         (target_samples, {"targets": [[-1]]}, ["data.targets[0]", "class -1"]),
-        (target_samples, {"name": "mnist"}, ["mnist", "digits, idx, images"]),
+        (target_samples, {"name": "mnist"}, ["mnist", "digits, idx, images, hub"]),
         (target_samples, {"name": "idx"}, ["idx", "data.root"]),
         (target_samples, {"name": "idx", "root": "/no/such"}, ["/no/such"]),
         (target_samples, {"held_out": 1.0}, ["data.held_out=1.0"]),
