@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 from fl_wb import datasets
 from fl_wb.config import CONF, Config, ConfigError, check_absolute, compose
 from fl_wb.launcher import RunFailed, launch, submit
+from fl_wb.metrics import inception_features
 from fl_wb.networks import make_critic, make_generator
 from fl_wb.overrides import parse
 from fl_wb.readers import DataError
@@ -168,6 +169,11 @@ def _check_machine(config: Config) -> None:
         raise ConfigError("nodes=... is for a superlink; a simulation has those of data.*")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device={config.device!r}: there is no CUDA device here; use cpu")
+    if config.client.features == "inception":
+        try:
+            inception_features()
+        except (ImportError, OSError) as error:
+            raise ConfigError(f"client.features=inception: {error}") from error
     for index in range(len(config.data.sources)):
         datasets.source_samples(config.data, index)
     for index in range(len(config.data.targets)):

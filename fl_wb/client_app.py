@@ -24,7 +24,7 @@ from torch import Tensor
 from fl_wb import datasets, records
 from fl_wb.clients import FastAdaptation, source_train, target_evaluate
 from fl_wb.config import Config, from_run_config
-from fl_wb.metrics import train_features
+from fl_wb.metrics import inception_features, train_features
 from fl_wb.mixture import fitting
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
@@ -175,13 +175,17 @@ def _target_samples(
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]:
     """Return a target's few samples, its held-out ones, and in what features it compares."""
     if node.data is None:
-        everything, _ = datasets.load(config.data)
         few = datasets.target_samples(config.data, node.index).images
         held_out = datasets.held_out(config.data, config.data.targets[node.index]).images
-        return few, held_out, train_features(everything.images, everything.labels)
-    few_samples, held_out_samples = datasets.load_own(node.data, config.data)
-    # A few images train no classifier: pixels, in which nodes can be compared with each other.
-    return few_samples.images, held_out_samples.images, None
+    else:
+        few, held_out = (part.images for part in datasets.load_own(node.data, config.data))
+    if config.client.features == "inception":
+        return few, held_out, inception_features()
+    if config.client.features == "pixels" or node.data is not None:
+        # A node's own few images train no classifier.
+        return few, held_out, None
+    everything, _ = datasets.load(config.data)
+    return few, held_out, train_features(everything.images, everything.labels)
 
 
 def _prepare(context: Context) -> tuple[Config, Place]:

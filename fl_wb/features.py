@@ -1,8 +1,9 @@
-"""A small classifier of the domain: samples are compared in its last hidden layer.
+"""In what samples are compared: the last hidden layer of a small classifier of the domain.
 
 Distances between pixels reward blur; distances between what a classifier sees do not. ImageNet
 features would be a download and say little about 8x8 digits, so the network is trained on real data
-of the domain, in seconds.
+of the domain, in seconds. For natural RGB images, where ImageNet's features are what others report,
+there is `inception_features`, an extra.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ class Features:
     digest : str
         SHA-256 (hex) of the network: figures are comparable if and only if it is the same.
     accuracy : float
-        Share of samples it had not trained on that it classifies right.
+        Share of samples it had not trained on that it classifies right; nan where none were kept.
     """
 
     def __init__(self, module: nn.Module, accuracy: float) -> None:
@@ -72,6 +74,49 @@ def train_features(samples: Tensor, labels: Tensor, *, seed: int = 0) -> Feature
     if key not in _cache:
         _cache[key] = _train(samples.detach().cpu().float(), labels.cpu(), seed)
     return _cache[key]
+
+
+@cache
+def inception_features() -> Features:
+    """Return the 2048 features of the InceptionV3 of the Frechet Inception Distance.
+
+    It is torch-fidelity's port of the original network, whose weights are downloaded to torch's
+    cache on the first use. Samples (n, c, h, w) in [-1, 1], of one or three channels.
+
+    Raises
+    ------
+    ImportError
+        If torch-fidelity is not installed, naming the extra.
+    """
+    try:
+        import torch_fidelity  # noqa: F401
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except ImportError as error:
+        raise ImportError(
+            "inception features need torch-fidelity, which is not installed: "
+            'pip install "fl-wb[inception]"'
+        ) from error
+    network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
+    return Features(_Inception(network), math.nan)
+
+
+class _Inception(nn.Module):
+    """Brings samples into the form that the network was trained on."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, samples: Tensor) -> Tensor:
+        if samples.dim() != 4 or samples.shape[1] not in (1, 3):
+            raise ValueError(
+                "inception features are of images (n, 3, h, w) or (n, 1, h, w), not of samples "
+                f"{tuple(samples.shape)}"
+            )
+        images = ((samples.clamp(-1, 1) + 1) * 127.5).round().byte()
+        images = images.expand(-1, 3, -1, -1)
+        # Each becomes 299 x 299: few at a time.
+        return torch.cat([self.network(part) for part in images.split(BATCH)])
 
 
 def _train(samples: Tensor, labels: Tensor, seed: int) -> Features:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fl_wb.features import Features, train_features
+from fl_wb.features import Features, inception_features, train_features
 from fl_wb.networks import generate
 from fl_wb.transport import wasserstein1
 
@@ -34,6 +34,7 @@ __all__ = [
     "energy_distance",
     "evaluate",
     "frechet_distance",
+    "inception_features",
     "kernel_distance",
     "memorization",
     "train_features",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fl_wb import features, metrics
+from fl_wb.cli import check
+from fl_wb.config import ConfigError, compose
 from fl_wb.datasets import DataConfig, load, source_samples, target_samples
 from fl_wb.metrics import (
     compare,
@@ -235,3 +238,28 @@ def test_features_are_deterministic_and_leave_random_numbers_alone():
 def test_features_refuse_labels_that_do_not_fit():
     with pytest.raises(ValueError, match="one label each"):
         train_features(torch.zeros(4, 3), torch.zeros(5))
+
+
+def test_inception_sees_bytes_of_three_channels():
+    seen = []
+
+    class Network(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return images.flatten(1).float()
+
+    body = features._Inception(Network())
+    samples = torch.tensor([-1.0, 0.0, 1.0, 3.0]).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
+    assert body(samples).shape == (4, 12)
+    assert seen[0].dtype == torch.uint8
+    assert seen[0].shape == (4, 3, 2, 2)
+    assert seen[0][:, 2, 1, 1].tolist() == [0, 128, 255, 255]
+    with pytest.raises(ValueError, match=r"not of samples \(5, 7\)"):
+        body(torch.zeros(5, 7))
+
+
+def test_without_torch_fidelity_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    features.inception_features.cache_clear()
+    with pytest.raises(ConfigError, match=r'inception: .* pip install "fl-wb\[inception\]"'):
+        check(compose("client.features=inception"))
