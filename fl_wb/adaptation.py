@@ -28,6 +28,10 @@ METHODS = ("variation", "plain")
 POOL = 8000
 """Samples of the start generator whose differences are transferred."""
 
+TOWARDS = 0.7
+"""How far a sample may be moved to a near one before it is varied. Without, on new classes, there
+was less coverage and more copying of the few samples."""
+
 
 @dataclass
 class Adaptation:
@@ -141,17 +145,17 @@ def variation_bank(
     samples: Tensor,
     pool: Tensor,
     *,
-    partners: int = 3,
-    near: int = 120,
+    partners: int = 5,
+    near: int = 400,
     step: int = 30,
     size: int = 4000,
     seed: int = 0,
 ) -> Tensor:
     """Widen a few real samples by the variation among a generator's samples.
 
-    For a real sample, x lies up to halfway between it and one of its `partners` nearest other
-    real samples. Pick y1 among the sample's `near` nearest of the pool, and y2 among the `step`
-    nearest pool samples of y1; then x' = x + (y2 - y1), clipped to the values that occur.
+    For a real sample, x lies up to `TOWARDS` of the way from it to one of its `partners` nearest
+    other real samples. Pick y1 among the sample's `near` nearest of the pool, and y2 among the
+    `step` nearest pool samples of y1; then x' = x + (y2 - y1), clipped to the values that occur.
     The generator knows how samples vary also where its classes are not the target's. No labels.
 
     Parameters
@@ -179,8 +183,8 @@ def variation_bank(
     x = samples[which]
     if len(samples) > 1:
         partner = _pick_one(_nearest(few, few, partners + 1)[:, 1:][which], rng)
-        share = torch.rand(size, *[1] * (x.dim() - 1), generator=rng, device=rng.device) / 2
-        x = torch.lerp(x, samples[partner], share.to(x.dtype))
+        share = torch.rand(size, *[1] * (x.dim() - 1), generator=rng, device=rng.device)
+        x = torch.lerp(x, samples[partner], TOWARDS * share.to(x.dtype))
     y1 = _pick_one(_nearest(few, flat, near)[which], rng)
     # In parts: the whole matrix of distances may not fit a small device. The nearest is y1 itself.
     y2 = _pick_one(

@@ -129,7 +129,7 @@ def test_variation_is_the_pool_s_own():
     assert largest[0] < 1 < largest[1]
 
 
-def test_variation_starts_up_to_halfway_to_a_near_sample():
+def test_variation_starts_on_the_way_to_a_near_sample():
     few = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
     pool = torch.stack([torch.zeros(2), torch.full((2,), 9.0)]).repeat_interleave(100, 0)
 
@@ -138,7 +138,7 @@ def test_variation_starts_up_to_halfway_to_a_near_sample():
     # the pool's neighbours are equal, so that nothing but the start varies
     first = bank[::4]  # from (0, 0), whose two nearest are (1, 0) and (0, 1)
     assert first.min() == 0 and first.prod(1).max() == 0
-    assert first.amax(0).min() > 0.4 and first.max() <= 0.5
+    assert first.amax(0).min() > 0.6 and first.max() <= 0.7
     last = bank[3::4] - few[3]  # from (9, 9): a near sample is never the sample itself
     assert last.norm(dim=1).max() > 3 and last.max() <= 0
 
