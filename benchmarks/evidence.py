@@ -38,7 +38,7 @@ DATA = {
 }
 FULL = ("overlapping", "non_overlapping")  # experiments with every row
 FEW = (5, 20, 100)  # samples a class, beside the usual 10
-PLAIN, OURS, BARE = "client=plain", "client=default", "client.ternarize=false"
+BARE = "client.ternarize=false"
 
 
 @dataclass(frozen=True)
@@ -56,37 +56,39 @@ class Group:
         """Return the overrides of each run with so many samples a class, in the order to run."""
         sources = range(len(compose(f"experiment={self.experiment}").data.sources))
         transfers = [f"strategy=transfer strategy.source={k}" for k in sources]
+        ours = "strategy=adaptive_coalescence client=default"
         if self.experiment not in FULL:
-            starts, both = [*transfers, "strategy=ensemble"], []
+            pairs = [(start, "default") for start in (*transfers, "strategy=ensemble")]
         elif count != 10:
-            starts, both = [], transfers
+            pairs = [(start, "default") for start in transfers]
+            pairs += [("strategy=edge_only", "plain"), ("strategy=adaptive_coalescence", "plain")]
+            return [f"{start} client={client} {BARE}" for start, client in pairs] + [
+                f"{ours} {BARE}"
+            ]
         else:
-            starts = []
-            both = [*transfers, "strategy=fedavg", "strategy=ensemble", "strategy=edge_only"]
-        rows = [f"{start} {OURS} {BARE}" for start in starts]
-        rows += [f"{start} {client} {BARE}" for start in both for client in (PLAIN, OURS)]
-        if self.experiment in FULL and count != 10:
-            rows += [f"strategy=edge_only {PLAIN} {BARE}"]
-        if count == 10:
-            rows += [f"strategy=paper client=paper {BARE}", f"strategy=paper {OURS} {BARE}"]
-        rows += [f"strategy=adaptive_coalescence {OURS} {CURVE}"]
-        if self.experiment in FULL:
-            rows += [f"strategy=adaptive_coalescence {PLAIN} {CURVE} {BARE}"]
-        return rows
+            starts = (*transfers, "strategy=fedavg", "strategy=ensemble", "strategy=edge_only")
+            pairs = [(start, client) for start in starts for client in ("plain", "default")]
+            pairs += [("strategy=paper", "paper"), ("strategy=paper", "default")]
+            pairs += [(f"strategy=adaptive_coalescence {CURVE}", "plain")]
+        return [f"{start} client={client} {BARE}" for start, client in pairs] + [f"{ours} {CURVE}"]
 
     def jobs(self) -> list[str]:
-        """Return the overrides of all runs. Those that displace kept sources come last."""
+        """Return the overrides of all runs. What displaces the kept sources comes last."""
         rows = [
             f"{row} data.samples_per_class={count}"
             for count in self.counts
             for row in self.rows(count)
         ]
         if self.experiment in FULL and 10 in self.counts:
-            learned = f"strategy=adaptive_coalescence {OURS} client.ternarization.threshold_lr=0"
-            rows += [f"{learned} data.samples_per_class=10"]
-            rows += [f"strategy=full_data {PLAIN} {BARE} data.samples_per_class=10"]
-        fixed = f"{self.base} {COMMON} experiment={self.experiment} seed={self.seed}"
-        return [f"{fixed} {row}" for row in rows]
+            fixed = "strategy=adaptive_coalescence client.ternarization.threshold_lr=0"
+            # as many iterations as two sources together
+            iterations = 2 * compose(self.base).client.source.iterations
+            full = f"strategy=full_data client.source.iterations={iterations} client=plain {BARE}"
+            rows += [f"{row} data.samples_per_class=10" for row in (fixed, full)]
+        return [
+            f"{self.base} {COMMON} experiment={self.experiment} seed={self.seed} {row}"
+            for row in rows
+        ]
 
     def run(self) -> str:
         """Run what is not there yet; return the time that it took."""
@@ -100,7 +102,8 @@ class Group:
 
     def run_one(self, overrides: str) -> None:
         """Run the app with these overrides, its nodes in this process."""
-        output = self.folder / re.sub(r"[^\w.=-]+", "_", overrides.replace(self.base, "").strip())
+        own = overrides.replace(f"{self.base} {COMMON} ", "")
+        output = self.folder / re.sub(r"[^\w.=-]+", "_", own)
         if (output / "metrics.json").exists():
             return
         began, config = time.perf_counter(), compose(overrides)

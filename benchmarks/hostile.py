@@ -91,7 +91,7 @@ def one_seed(config: Config, seed: int, threshold: float) -> dict[str, tuple[flo
             datasets.source_samples(config.data, index).images,
             config.client.source,
             seed=100 * seed + index,
-        )[0]
+        )[0].generator
         for index in range(8)
     ]
     attacks: dict[str, Callable[[int], nn.Module]] = {

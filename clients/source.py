@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from time import perf_counter
 
@@ -16,10 +16,13 @@ from fl_wb import records
 from fl_wb.checkpoint import Checkpoint
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
-from fl_wb.wgan import Progress, Training, resample, train_wgan
+from fl_wb.wgan import Progress, Trained, Training, resample, train_wgan
 
-_GENERATOR, _METRICS = "fl_wb.source.generator", "fl_wb.source.metrics"  # in context.state
-_FIGURE = "figure/"  # in a store, beside the generator's own names
+# In context.state.
+_GENERATOR, _METRICS = "fl_wb.source.generator", "fl_wb.source.metrics"
+_JUDGE = "fl_wb.source.critic"
+_FIGURE = "figure/"  # in a store, beside the generator's own names,
+_CRITIC = "critic/"  # and the critic's
 
 
 def train_source(
@@ -32,7 +35,7 @@ def train_source(
     seed: int = 0,
     callback: Progress | None = None,
     checkpoint: Checkpoint | None = None,
-) -> tuple[nn.Module, dict[str, float]]:
+) -> tuple[Trained, dict[str, float]]:
     """Train a generator on a source's own samples.
 
     Parameters
@@ -50,9 +53,9 @@ def train_source(
 
     Returns
     -------
-    nn.Module, dict of str to float
-        The trained generator, and the last ``generator-loss``, ``critic-loss`` and the
-        ``train-seconds`` that it took.
+    Trained, dict of str to float
+        The trained generator and its critic, and the last ``generator-loss`` and
+        ``critic-loss`` and the ``train-seconds`` that it took.
     """
     last: dict[str, float] = {}
 
@@ -73,7 +76,7 @@ def train_source(
         callback=listen,
         checkpoint=checkpoint,
     )
-    return trained.generator, {**last, "train-seconds": perf_counter() - began}
+    return trained, {**last, "train-seconds": perf_counter() - began}
 
 
 def source_train(
@@ -85,6 +88,7 @@ def source_train(
     samples: Callable[[], Tensor],
     training: Training,
     again: bool = False,
+    send_critic: bool = False,
     store: StageStore | None = None,
     latent_dim: int | None = None,
     seed: int = 0,
@@ -108,6 +112,8 @@ def source_train(
         How long and how fast.
     again : bool
         Train in every round, from the arrays of that round (what FedAvg needs).
+    send_critic : bool
+        Send the critic, too, as a second ArrayRecord (what fine-tuning both of them needs).
     store : StageStore, optional
         Keeps the generator, and checkpoints on the way to it, for later runs with the same
         settings and data: a node or a run that was killed is not trained twice.
@@ -151,16 +157,25 @@ def source_train(
                 callback=callback,
                 checkpoint=store.checkpoint(key) if store else None,
             )
-            found = dict(trained.state_dict())
+            found = dict(trained.generator.state_dict())
+            found |= {_CRITIC + n: v for n, v in trained.critics[0].state_dict().items()}
             found |= {_FIGURE + n: torch.tensor(v).double() for n, v in sorted(figures.items())}
             if store:
                 store.put(key, found)
                 store.keep_only([key])
-        arrays = {n: value for n, value in found.items() if not n.startswith(_FIGURE)}
-        figures = {n.removeprefix(_FIGURE): float(found[n]) for n in found if n not in arrays}
-        state[_GENERATOR] = ArrayRecord(arrays)
+        figures = {name: float(value) for name, value in _below(found, _FIGURE).items()}
+        state[_GENERATOR] = ArrayRecord({name: found[name] for name in network.state_dict()})
+        if send_critic:
+            state[_JUDGE] = ArrayRecord(_below(found, _CRITIC))
         state[_METRICS] = MetricRecord({records.WEIGHT: len(data), **figures})
-    return RecordDict({records.ARRAYS: state[_GENERATOR], records.METRICS: state[_METRICS]})
+    content = RecordDict({records.ARRAYS: state[_GENERATOR], records.METRICS: state[_METRICS]})
+    if send_critic:
+        content[records.CRITIC] = state[_JUDGE]
+    return content
+
+
+def _below(found: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): value for n, value in found.items() if n.startswith(prefix)}
 
 
 def _seeded(critic: Callable[[], nn.Module], seed: int) -> nn.Module:
@@ -173,6 +188,7 @@ def _seeded(critic: Callable[[], nn.Module], seed: int) -> nn.Module:
 def _key(network: nn.Module, critic: nn.Module, data: Tensor, training: Training, seed: int) -> str:
     """Name what a training starts from, so that a store never answers for another one."""
     went_in = {
+        "kept": "generator, critic",
         "generator": digest(network.state_dict()),
         "critic": digest(critic.state_dict()),
         "data": digest({"data": data}),

@@ -185,13 +185,17 @@ class FastAdaptation:
         return few.to(self.device)
 
     def adapt(
-        self, start: nn.Module, few: Tensor, checkpoint: Checkpoint | None = None
+        self,
+        start: nn.Module,
+        few: Tensor,
+        checkpoint: Checkpoint | None = None,
+        critic: nn.Module | None = None,
     ) -> nn.Module:
-        """Return the generator adapted to the node's samples."""
+        """Return the generator adapted to the node's samples, from a trained critic if given."""
         return adapt(
             start,
             few,
-            critic=self.critic,
+            critic=self.critic if critic is None else lambda: critic,
             settings=self.adaptation,
             seed=self.seed,
             latent_dim=self.latent_dim,
@@ -246,7 +250,8 @@ def target_evaluate(
     few = adaptation.few(context, start)
     snapshots = Snapshots(_iterations(adaptation), settings.snapshots)
     began = perf_counter()
-    networks = {"barycenter": start, "adapted": adaptation.adapt(start, few, snapshots)}
+    critic = _critic(message, adaptation)
+    networks = {"barycenter": start, "adapted": adaptation.adapt(start, few, snapshots, critic)}
     figures: dict[str, MetricRecordValues] = {
         records.WEIGHT: len(few),
         "adapt-seconds": perf_counter() - began,
@@ -312,6 +317,17 @@ class _Judge:
             for k in range(self.settings.draws)
         ]
         return {name: fmean(figures[name] for figures in found) for name in found[0]}
+
+
+def _critic(message: Message, adaptation: FastAdaptation) -> nn.Module | None:
+    """Return the critic that a message carries beside the generator, if it does."""
+    sent = message.content.array_records.get(records.CRITIC)
+    if sent is None or adaptation.critic is None:
+        return None
+    try:
+        return records.load(sent, adaptation.critic())
+    except records.InvalidUpload as error:
+        raise ValueError(f"the critic in the message does not fit this node's: {error}") from error
 
 
 def _iterations(adaptation: FastAdaptation) -> int:

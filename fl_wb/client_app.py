@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
@@ -81,6 +81,7 @@ def train(message: Message, context: Context) -> Message:
         training=config.client.source,
         # A barycenter merges generators that are finished; averaging needs them to grow together.
         again=config.strategy.name == "fedavg",
+        send_critic=config.strategy.critic,
         store=StageStore(Path(node.cache) / f"source-{node.index}") if node.cache else None,
         seed=_seed(config, node.index),
         device=node.device,
@@ -96,7 +97,7 @@ def evaluate(message: Message, context: Context) -> Message:
     config, node = _prepare(context)
     generator, critic = factories(config)
     few, held_out, features = _target_samples(config, node)
-    arrays = message.content.array_records.get(records.ARRAYS, {})
+    arrays = message.content.array_records.get(records.ARRAYS, ArrayRecord())
     shapes = {name: array.shape for name, array in arrays.items()}
     content = target_evaluate(
         message,

@@ -70,6 +70,8 @@ class StrategyConfig:
         generator), "ensemble" (all of them, pooled), "edge_only" (a fresh network).
     source
         Whose generator "transfer" hands on: its number in data.sources.
+    critic
+        Whether "transfer" hands on that source's critic, too, with which a target then begins.
     stage
         How two generators are merged (adaptive coalescence only).
     patience
@@ -83,6 +85,7 @@ class StrategyConfig:
 
     name: str = "adaptive_coalescence"
     source: int = 0
+    critic: bool = False
     patience: int | None = 3
     screening: float | None = None
     checkpoint_seconds: float = SECONDS_BETWEEN_CHECKPOINTS
@@ -173,6 +176,7 @@ RULES: dict[str, limits.Rule] = {
     "width": limits.at_least(1),
     "strategy.name": limits.one_of(*STRATEGIES),
     "strategy.source": limits.at_least(0),
+    "strategy.critic": limits.SWITCH,
     "patience": limits.at_least(1),
     "screening": limits.above(1),
     "checkpoint_seconds": limits.at_least(0),
@@ -253,6 +257,10 @@ def _completed(config: Config) -> Config:
         raise ConfigError(
             f"strategy.source={number} must be less than {len(data.sources)}, the number of "
             "data.sources: they are counted from 0"
+        )
+    if config.strategy.critic and config.strategy.name != "transfer":
+        raise ConfigError(
+            "strategy.critic=true is for strategy=transfer: the others have no single source's"
         )
     sizes = data.source_samples_per_class
     if sizes is not None and len(sizes) != len(data.sources):

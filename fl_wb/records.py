@@ -21,6 +21,7 @@ from fl_wb.networks import generate
 
 # Keys of the records in a message (the first three are Flower's own defaults).
 ARRAYS = "arrays"
+CRITIC = "critic"  # ArrayRecord beside the generator's, where a run asks for it
 CONFIG = "config"
 METRICS = "metrics"
 INFO = "info"  # ConfigRecord of a reply: PARTITION and, from a target, TERNARY

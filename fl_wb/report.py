@@ -36,9 +36,9 @@ SETTING = ("data", "network", "experiment", "client.features")  # of a whole tab
 # What the steps of a target do not depend on yet.
 LATER = {
     "few": ("strategy", "client", "rounds", "data"),
-    "bank": ("client.adaptation", "client.ternar"),
-    "barycenter": ("client.adaptation", "client.ternar"),
-    "adapted": ("client.ternar",),
+    "bank": ("client.adaptation", "client.ternarize", "client.ternarization"),
+    "barycenter": ("client.adaptation", "client.ternarize", "client.ternarization"),
+    "adapted": ("client.ternarize", "client.ternarization"),
     "ternary": (),
 }
 
@@ -106,8 +106,8 @@ def markdown(sections: Sequence[Section]) -> str:
 
 
 def _add(run: Mapping[str, Any], sections: dict[str, Section]) -> None:
-    words = [w for w in split(run.get("overrides", "")) if not _is(w.split("=")[0], NOWHERE)]
-    mine = [w for w in words if _is(w.split("=")[0], SETTING)]
+    words = [w for w in split(run.get("overrides", "")) if not _is(w, NOWHERE)]
+    mine = [w for w in words if _is(w, SETTING)]
     section = sections.setdefault(" ".join(sorted(mine)), Section(mine))
     settings = {
         name: value
@@ -118,7 +118,9 @@ def _add(run: Mapping[str, Any], sections: dict[str, Section]) -> None:
     targets = list(run["targets"].values())
     for step, figures in run["final"].items():
         kept = {name: value for name, value in settings.items() if not _is(name, LATER[step])}
-        own = [word for word in words if word not in mine and step != "few"]
+        own = [w for w in words if w not in mine and not _is(w, LATER[step])]
+        if step in ("bank", "barycenter"):  # how a target adapts is still to come
+            own = [word for word in own if not word.startswith("client=")]
         row = section.rows.setdefault(json.dumps([step, kept]), Row(step, own, kept))
         row.overrides = [word for word in row.overrides if word in own]  # what all its runs share
         row.figures[seed] = {k: v for k, v in figures.items() if v is not None}
@@ -157,7 +159,7 @@ def _ordered(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         others = {k: v for k, v in row.settings.items() if k != "strategy.source"}
         families.setdefault(json.dumps([row.step, others]), []).append(row)
-    found = []
+    found: list[Row] = []
     for family in families.values():
         found += family if len(family) == 1 else _best_and_mean(family)
     return sorted(found, key=lambda row: list(STEPS).index(row.step))
@@ -210,8 +212,9 @@ def _average(values: Sequence[Any]) -> Any:
 
 
 def _is(key: str, prefixes: Sequence[str]) -> bool:
-    """Tell whether a key, of an override or of a setting, is one of these or below one."""
-    return key.lstrip("+~").startswith(tuple(prefixes)) if prefixes else False
+    """Tell whether a setting, or an override of one, is one of these or below one."""
+    key = key.partition("=")[0].lstrip("+~")
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

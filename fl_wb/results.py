@@ -78,7 +78,7 @@ class Results:
             index = _partition(content)
             self.sources[index] = _figures(content)
             try:
-                network = records.load(_only(content.array_records), self.generator())
+                network = records.load(content.array_records[records.ARRAYS], self.generator())
             except records.InvalidUpload:  # Flower's FedAvg takes anything
                 continue
             self._pictures.setdefault("source", {})[index] = generate(network, COLUMNS)
@@ -230,16 +230,16 @@ def _said(content: RecordDict) -> dict[str, Any]:
     """Return what a target's reply says beside its metrics: its features, and its convergence."""
     info = _info(content)
     said: dict[str, Any] = {"features": info["features"]} if info.get("features") else {}
-    curve = {k.removeprefix("curve/"): list(v) for k, v in info.items() if _is_curve(k, v)}
+    curve = {
+        name.removeprefix("curve/"): list(values)
+        for name, values in info.items()
+        if name.startswith("curve/") and isinstance(values, list)
+    }
     return said | ({"curve": curve} if curve else {})
 
 
 def _size_of(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
-
-
-def _is_curve(name: str, values: object) -> bool:
-    return name.startswith("curve/") and isinstance(values, list)
 
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, Sequence[int]]:

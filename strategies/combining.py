@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from logging import WARNING
 from typing import Any
 
@@ -14,6 +15,15 @@ from torch import Tensor
 
 from fl_wb import records
 from fl_wb.strategies.role_fedavg import RoleFedAvg
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A valid upload; its critic, if it has one, is for a target to check."""
+
+    weight: float
+    state: dict[str, Tensor]
+    critic: ArrayRecord | None = None
 
 
 class Combining(RoleFedAvg):
@@ -28,8 +38,8 @@ class Combining(RoleFedAvg):
         self._initial = ArrayRecord()
 
     @abstractmethod
-    def combine(self, uploads: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
-        """Return the model's state, made of (weight, state) in the order of their partitions.
+    def combine(self, uploads: Sequence[Whole]) -> dict[str, Tensor]:
+        """Return the model's state, made of uploads in the order of their partitions.
 
         A node that does not say its partition comes by its node id.
         """
@@ -50,21 +60,23 @@ class Combining(RoleFedAvg):
         kept, uploads = [], []
         for node_id, content in self._received(replies, is_train=True):
             try:
-                weight, arrays = self._weight(content), list(content.array_records.values())
-                if len(arrays) != 1:
-                    raise records.InvalidUpload(f"it has {len(arrays)} ArrayRecords, not one")
-                state = records.validate(arrays[0], template)
+                weight, sent = self._weight(content), dict(content.array_records)
+                critic = sent.pop(records.CRITIC, None)
+                if len(sent) != 1:
+                    raise records.InvalidUpload(f"it has {len(sent)} models, not one")
+                state = records.validate(next(iter(sent.values())), template)
             except records.InvalidUpload as error:
                 log(WARNING, "aggregate_train: dropped the upload of node %d: %s", node_id, error)
                 continue
             kept.append((node_id, content))
             info = content.config_records.get(records.INFO, ConfigRecord())
             place = info.get(records.PARTITION, node_id)
-            uploads.append((place if isinstance(place, int) else node_id, weight, state))
+            place = place if isinstance(place, int) else node_id
+            uploads.append((place, Whole(weight, state, critic)))
         if not kept:
             log(WARNING, "no valid upload in round %d: the model stays", server_round)
             return None, None
         uploads.sort(key=lambda upload: upload[0])
         alike = self._alike(kept, "aggregate_train")
-        combined = self.combine([(weight, state) for _, weight, state in uploads])
+        combined = self.combine([upload for _, upload in uploads])
         return ArrayRecord(combined), self.train_metrics_aggr_fn(alike, self.weighted_by_key)

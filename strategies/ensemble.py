@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fl_wb.mixture import states_as_mixture
-from fl_wb.strategies.combining import Combining
+from fl_wb.strategies.combining import Combining, Whole
 
 
 class Ensemble(Combining):
@@ -19,7 +19,7 @@ class Ensemble(Combining):
     `flwr.serverapp.strategy.FedAvg`; the value under `weighted_by_key` is a node's weight.
     """
 
-    def combine(self, uploads: Sequence[tuple[float, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    def combine(self, uploads: Sequence[Whole]) -> dict[str, Tensor]:
         """Return the state of the mixture."""
-        weights, states = zip(*uploads, strict=True)
-        return states_as_mixture(states, torch.tensor(weights))
+        weights = torch.tensor([upload.weight for upload in uploads])
+        return states_as_mixture([upload.state for upload in uploads], weights)

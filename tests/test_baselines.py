@@ -13,16 +13,28 @@ from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
 
 from fl_wb import ternary
+from fl_wb.clients import source_train
 from fl_wb.config import compose
 from fl_wb.datasets import load, source_samples, target_samples
 from fl_wb.mixture import Mixture, states_as_mixture
 from fl_wb.networks import generate
 from fl_wb.storage import digest, load_tensors
+from fl_wb.store import StageStore
 from fl_wb.strategies import EdgeOnly, Ensemble, Transfer
 from fl_wb.task import factories, seeded
 from tests.flower import InProcessGrid
 from tests.test_simulation import TINY, run_in_process
-from tests.toys import evaluates, generator, initial_arrays, reply, seeded_state, uploads
+from tests.toys import (
+    SHAPE,
+    TRAINING,
+    critic,
+    evaluates,
+    generator,
+    initial_arrays,
+    reply,
+    seeded_state,
+    uploads,
+)
 
 State = dict[str, torch.Tensor]
 
@@ -120,6 +132,58 @@ def test_useless_uploads_are_no_part_of_an_ensemble(
     network = Mixture([generator(), generator()])
     network.load_state_dict(result.arrays.to_torch_state_dict())
     assert network.shares.tolist() == [0.75, 0.25]
+
+
+def test_transfer_hands_on_the_critic_of_its_source(tmp_path: Path) -> None:
+    # Prepare: real sources, targets that keep what they are sent
+    sent = []
+
+    def train(message: Message, context: Any) -> Message:
+        content = source_train(
+            message,
+            context,
+            generator=generator,
+            critic=critic,
+            samples=lambda: torch.randn(9, *SHAPE),
+            training=TRAINING,
+            send_critic=True,
+            store=StageStore(tmp_path / str(context.node_id)),
+            seed=context.node_id,
+        )
+        return Message(content, reply_to=message)
+
+    def evaluate(message: Message, context: Any) -> Message:
+        sent.append(message.content.array_records)
+        return reply(message, ArrayRecord())
+
+    app = ClientApp()
+    app.train()(train)
+    app.evaluate()(evaluate)
+
+    # Execute
+    Transfer(source=1).start(
+        grid=InProcessGrid(app, 2), initial_arrays=initial_arrays(), num_rounds=1
+    )
+
+    # Assert: they are those of the second node, trained together
+    (kept,) = (tmp_path / "12").glob("*.safetensors")
+    state, _ = load_tensors(kept)
+    for arrays in sent:
+        found = arrays["critic"].to_torch_state_dict()
+        assert list(found) == list(critic().state_dict())
+        assert all(torch.equal(value, state[f"critic/{name}"]) for name, value in found.items())
+        model = arrays["arrays"].to_torch_state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in model.items())
+    assert len(sent) == 2
+
+
+def test_a_target_begins_with_the_critic_that_it_is_sent(tmp_path: Path) -> None:
+    finals = []
+    for choice in ("true", "false"):
+        found, _ = run(tmp_path / choice, "strategy=transfer", f"strategy.critic={choice}")
+        finals.append(found["final"])
+    assert finals[0]["barycenter"] == finals[1]["barycenter"]
+    assert finals[0]["adapted"] != finals[1]["adapted"]
 
 
 def test_transfer_names_a_source_that_is_not_there() -> None:

@@ -68,9 +68,9 @@ def test_a_source_uploads_a_generator_trained_on_its_data() -> None:
     # Assert
     start = generator()
     start.load_state_dict(seeded_state(0))
-    expected, _ = train_source(start, critic, points(20), TRAINING, seed=3)
+    trained, _ = train_source(start, critic, points(20), TRAINING, seed=3)
     found = content.array_records["arrays"].to_torch_state_dict()
-    for name, value in expected.state_dict().items():
+    for name, value in trained.generator.state_dict().items():
         assert torch.equal(found[name], value), name
         assert not torch.equal(value, seeded_state(0)[name]), name
     metrics = content.metric_records["metrics"]
