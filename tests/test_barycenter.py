@@ -21,6 +21,7 @@ from fl_wb.barycenter import (
     recursive_barycenter,
 )
 from fl_wb.distillation import Distillation
+from fl_wb.mixture import Mixture
 from fl_wb.networks import generate
 from fl_wb.transport import displacement, wasserstein1
 from fl_wb.wgan import Training
@@ -292,6 +293,17 @@ def test_the_push_forward_is_the_mixture(t: float):
     for mode, (x, y) in ((~second, (-2, 1)), (second, (2, -1))):
         assert off_normal(samples[mode, 0], x, 0.25) < 2e-3
         assert off_normal(samples[mode, 1], y, 0.25) < 0.04
+
+
+def test_a_mixture_of_many_has_their_shares_and_is_a_generator():
+    centres = [(-4.0, 0.0), (0.0, 0.0), (4.0, 0.0)]
+    mixture = Mixture([at(*centre) for centre in centres], [1.0, 5.0, 2.0])
+    with torch.no_grad():
+        found = shares(mixture(latents()), centres)
+    torch.testing.assert_close(found, torch.tensor([0.125, 0.625, 0.25]), atol=1e-3, rtol=0)
+    assert mixture.latent_dim == at(0.0, 0.0).latent_dim
+    mixture(latents(100)).sum().backward()
+    assert all(parameter.grad is not None for parameter in mixture.parameters())
 
 
 def test_mixtures_nest():

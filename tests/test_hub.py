@@ -14,6 +14,7 @@ from PIL import Image
 from fl_wb.config import ConfigError, compose
 from fl_wb.datasets import DataConfig, DataError, load, source_samples, target_samples
 from tests.test_datasets import rows
+from tests.test_simulation import check_results, run_in_process
 
 RNG = np.random.default_rng(0)
 
@@ -90,6 +91,21 @@ def test_cifar_is_dealt_out_like_any_data(hub: dict[str, Part]) -> None:
     assert len(few) == 4
     assert len(source) == 18
     assert not rows(few.images) & rows(source.images)
+
+
+def test_cifar_makes_the_whole_journey_with_the_papers_networks(
+    hub: dict[str, Part], tmp_path: Path
+) -> None:
+    for split, number in (("train", 40), ("test", 12)):
+        columns = {"img": pictures(number, (32, 32, 3)), "label": [i % 4 for i in range(number)]}
+        hub[split] = Part({"img": "Image", "label": "ClassLabel"}, columns)
+    setting = ("data=cifar10", "data.sources=[[0],[1]]", "data.targets=[[2,3]]", "network.width=2")
+    # a bank of pictures this large takes longer than all the rest
+    run_in_process(tmp_path, *setting, "client.adaptation.method=plain", "client.features=pixels")
+    found = check_results(tmp_path, *setting)
+    network = found["config"]["network"]
+    assert (network["generator"], network["critic"]) == ("dcgan", "dcgan")
+    assert "features" not in found["targets"]["0"]
 
 
 def test_images_of_many_sizes_and_no_classes_are_brought_to_one_size(hub: dict[str, Part]) -> None:
