@@ -78,8 +78,10 @@ class Speed:
         return [self.bench.make_critic().to(self.device) for _ in range(2)]
 
     def training(self, iterations: int) -> Training:
-        """Return the stage's training, with the reference loop's number of critic steps."""
-        return replace(self.stage.training, iterations=iterations, critic_steps=CRITIC_STEPS)
+        """Return the stage's training, with the steps of the reference loop."""
+        return replace(
+            self.stage.training, iterations=iterations, critic_steps=CRITIC_STEPS, warmup=0
+        )
 
     def stage_seconds(self, stage: Stage, sources: list[nn.Module]) -> float:
         """Return the seconds of one stage."""
