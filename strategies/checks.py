@@ -25,7 +25,8 @@ def check_settings(
     screening: float | None,
 ) -> None:
     """Raise ValueError if a setting of the strategy is none, naming what is allowed."""
-    replace(stage or Stage(), **({} if geodesic is None else {"geodesic": geodesic}))
+    if geodesic is not None:
+        replace(stage or Stage(), geodesic=geodesic)
     for name, value, least in (
         ("iterations", iterations, 0),
         ("seed", seed, 0),
