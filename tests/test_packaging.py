@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).parents[1]
-SHIPPED = ("fl_wb", "strategies", "clients", "conf")
+from tests.fresh import ROOT
 
 PROBE = """
 import sys
@@ -32,17 +28,14 @@ assert compose("experiment=non_overlapping").data.targets == [[8, 9]]
 assert "strategies" not in sys.modules and "clients" not in sys.modules
 """
 
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of what is in the repository, without caches and earlier builds."""
-    copy = tmp_path_factory.mktemp("repository") / "fl-wb"
-    copy.mkdir()
-    for name in SHIPPED:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
-        shutil.copy(ROOT / name, copy / name)
-    return copy
+# By the process's own time, as other processes may keep it waiting.
+IMPORT = """
+import time
+import torch
+began = time.process_time()
+import fl_wb, fl_wb.strategies, fl_wb.clients
+print(time.process_time() - began)
+"""
 
 
 def probe(root: Path, folder: Path) -> None:
@@ -56,28 +49,33 @@ def probe(root: Path, folder: Path) -> None:
     )
 
 
-def test_the_wheel(checkout: Path, tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
-    subprocess.run([*build, str(checkout)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    site = tmp_path / "site-packages"
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet"]
-
-    subprocess.run([*pip, "--target", str(site), str(wheel)], check=True)
-
-    assert {path.name for path in site.iterdir()} <= {"fl_wb", "bin", "fl_wb-0.1.0.dist-info"}
+def test_the_wheel(programs: Path, away: Path) -> None:
+    (site,) = programs.parent.glob("lib/python*/site-packages")
+    made = {path.name for path in site.iterdir()}
+    assert made == {"fl_wb", "fl_wb-0.1.0.dist-info", "shared.pth"}
     assert (site / "fl_wb" / "py.typed").exists()
     assert {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").rglob("*.yaml")} == {
         path.relative_to(site / "fl_wb" / "conf") for path in (site / "fl_wb").rglob("*.yaml")
     }
-    probe(site, tmp_path)
+    subprocess.run([programs / "python", "-c", PROBE, str(site)], check=True)
+
+
+def test_fl_wb_is_quickly_imported(programs: Path, away: Path) -> None:
+    command = [programs / "python", "-c", IMPORT]
+    took = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert took < 1.5
 
 
 def test_the_bundle(checkout: Path, tmp_path: Path) -> None:
     flwr = Path(sys.executable).with_name("flwr")
     environment = os.environ | {"FLWR_HOME": str(tmp_path / "home")}
-    subprocess.run(
-        [str(flwr), "build", "--app", str(checkout)], cwd=tmp_path, env=environment, check=True
+    done = subprocess.run(
+        [str(flwr), "build", "--app", str(checkout)],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     (bundle,) = tmp_path.glob("*.fab")
     root = tmp_path / "bundle"
@@ -85,6 +83,7 @@ def test_the_bundle(checkout: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(bundle) as archive:
         archive.extractall(root)
 
+    assert "warn" not in (done.stdout + done.stderr).lower()
     assert bundle.stat().st_size < 1e6
     probe(root, tmp_path)
 

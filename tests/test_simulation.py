@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 
-import fl_wb
 from fl_wb import ternary
 from fl_wb.client_app import app as client_app
 from fl_wb.config import compose
@@ -74,16 +71,10 @@ def check_results(output: Path, *overrides: str, targets: int = 1, rounds: int =
     return found
 
 
-def test_a_simulation_leaves_its_results(tmp_path: Path) -> None:
-    # Prepare
-    package = str(Path(fl_wb.__file__).parents[1])  # also where FL-WB is not installed
-    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-
-    # Execute
+def test_a_simulation_leaves_its_results(programs: Path, away: Path, tmp_path: Path) -> None:
+    # Execute: the program that the wheel installs
     done = subprocess.run(
-        [sys.executable, "-m", "fl_wb.cli", *TINY, f"output={tmp_path / 'run'}"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
+        [programs / "fl-wb", *TINY, f"output={tmp_path / 'run'}"],
         capture_output=True,
         text=True,
         timeout=240,

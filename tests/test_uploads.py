@@ -1,0 +1,155 @@
+"""What the server keeps of nodes that come, go and come back: it does not grow with them."""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import Result
+
+from fl_wb.barycenter import recursive_barycenter
+from fl_wb.strategies import AdaptiveCoalescence
+from fl_wb.strategies.uploads import KEPT, Upload, Uploads
+from tests.flower import InProcessGrid
+from tests.toys import (
+    STAGE,
+    critic,
+    evaluates,
+    generator,
+    initial_arrays,
+    seeded_state,
+    uploads,
+)
+
+
+def held() -> int:
+    """Count the bytes of all tensors and arrays that are alive."""
+    gc.collect()
+    alive = gc.get_objects()
+    tensors = sum(thing.nbytes for thing in alive if type(thing) is torch.Tensor)
+    return tensors + sum(len(thing.data) for thing in alive if type(thing) is Array)
+
+
+@dataclass
+class Sizes:
+    """What there is after each round."""
+
+    kept: list[int] = field(default_factory=list)  # generators
+    stages: list[int] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)  # bytes
+    messages: set[tuple[str, int]] = field(default_factory=set)  # type, bytes of arrays
+
+
+def come_and_go(store: Path | None, rounds: int) -> tuple[AdaptiveCoalescence, Result, Sizes]:
+    """Run with four nodes at a time, of which three are replaced before every round."""
+    app = ClientApp()
+    uploads(app)
+    evaluates(app)
+    grid, sizes = InProcessGrid(app), Sizes()
+    coalescence = AdaptiveCoalescence(
+        generator=generator, critic=critic, stage=STAGE, store=store, min_available_nodes=1
+    )
+
+    def weigh(messages: list[Message]) -> None:
+        for message in messages:
+            records = message.content.array_records.values()
+            arrays = [array for record in records for array in record.values()]
+            size = sum(len(array.data) for array in arrays)
+            sizes.messages.add((message.metadata.message_type, size))
+
+    def move(server_round: int, arrays: ArrayRecord) -> None:
+        for node_id in sorted(grid.nodes)[1:]:  # the first stays for ever
+            del grid.nodes[node_id]
+        while len(grid.nodes) < 4:
+            grid.add({}, node_id=100 * (server_round + 1) + len(grid.nodes))
+        sizes.kept.append(len(coalescence._uploads.ordered()))
+        sizes.stages.append(len(list(store.glob("*"))) if store else len(coalescence.store._memory))
+        sizes.memory.append(held())
+        assert len(coalescence._roles) <= 4
+
+    grid.before_send = weigh
+    grid.add({}, node_id=11)
+    result = coalescence.start(
+        grid=grid, initial_arrays=initial_arrays(), num_rounds=rounds, evaluate_fn=move
+    )
+    return coalescence, result, sizes
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_nothing_grows_while_nodes_come_and_go(
+    folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Prepare
+    monkeypatch.setattr("fl_wb.strategies.uploads.KEPT", 3)
+
+    # Execute
+    coalescence, result, sizes = come_and_go(tmp_path / "store" if folder else None, 10)
+
+    # Assert: 1 + 10 x 3 nodes are merged, though few are kept: the fold, four that are there,
+    # four that left, and as many stages
+    assert result.train_metrics_clientapp[10]["uploads-merged"] == 31
+    assert max(sizes.kept) <= 1 + 4 + 4
+    assert max(sizes.stages) <= 4 + 4
+    model = sum(len(array.data) for array in initial_arrays().values())
+    assert sizes.messages == {("query", 0), ("train", model), ("evaluate", model)}
+    assert max(sizes.memory[7:]) <= max(sizes.memory[3:7]) + model // 2
+    weights = [upload.weight for upload in coalescence._uploads.ordered()]
+    assert sum(weights) == 31
+    assert max(weights) > 1  # folded
+
+
+def upload(name: str, weight: float = 1.0) -> Upload:
+    return Upload(1, weight, name, {"name": torch.tensor(float(ord(name)))})
+
+
+def test_folding_keeps_the_weights_and_the_order() -> None:
+    # Prepare
+    kept, merged = Uploads(), []
+    for index in range(KEPT + 3):
+        kept.put(index, upload(chr(97 + index), weight=index + 1))
+
+    def merge(parts: Any) -> dict[str, torch.Tensor]:
+        merged.append([part.weight for part in parts])
+        return {"name": torch.tensor(0.0)}
+
+    # Execute and assert: as many as are kept may be gone, one more is too many
+    assert kept.fold([0, 1, 2], merge) == 0
+    assert kept.fold([0, 1], merge) == KEPT + 1
+    assert merged == [[float(w) for w in range(KEPT + 3, 2, -1)]]
+    assert [u.weight for u in kept.ordered()] == [sum(merged[0]), 2, 1]
+    assert len(kept) == KEPT + 3
+
+    # A second fold goes on from the first
+    for index in range(KEPT + 1):
+        kept.put(100 + index, upload(chr(97 + index)))
+    assert kept.fold([0, 1], merge) == KEPT + 1
+    assert merged[1] == [sum(merged[0]), *[1.0] * (KEPT + 1)]
+    assert math.isclose(sum(u.weight for u in kept.ordered()), sum(merged[1]) + 3)
+
+
+def test_the_barycenter_of_a_folded_beginning_is_that_of_its_parts() -> None:
+    networks = []
+    for seed in range(4):
+        networks.append(generator())
+        networks[-1].load_state_dict(seeded_state(seed))
+    settings: dict[str, Any] = {"critic": critic, "stage": STAGE}
+    whole = recursive_barycenter(networks, [4, 3, 2, 1], **settings)
+    beginning = recursive_barycenter(networks[:2], [4, 3], **settings)
+    folded = recursive_barycenter([beginning, *networks[2:]], [7, 2, 1], **settings)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, folded.state_dict()[name])
+
+
+def test_a_fold_that_fails_keeps_everything() -> None:
+    kept = Uploads()
+    for index in range(KEPT + 1):
+        kept.put(index, upload(chr(97 + index)))
+    assert kept.fold([], lambda parts: None) == 0
+    assert len(kept.ordered()) == KEPT + 1
