@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -16,13 +18,16 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, RecordDict
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from fl_wb import ternary
+from fl_wb.clients import FastAdaptation
+from fl_wb.strategies import AdaptiveCoalescence
 from tests.flower import InProcessGrid
+from tests.fresh import ROOT
 from tests.toys import ADAPTATION, STAGE, TERNARIZATION
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 NAMES = ("gan", "vae", "tabular")
 PARTS = ("server", "client")
 SETTINGS = {"num-server-rounds": 2, "local-epochs": 2}
@@ -169,3 +174,25 @@ def test_an_example_names_what_it_needs(name: str, version: str) -> None:
     needs = {need.split(">")[0].split("[")[0] for need in project["project"]["dependencies"]}
     assert needs == {"flwr", "torch", "scikit-learn"} | ({"fl-wb"} if version == "after" else set())
     assert project["tool"]["flwr"]["app"]["components"]["serverapp"] == f"{name}_app.server_app:app"
+
+
+PAGE = (EXAMPLES.parent / "docs" / "swap-in.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("thing", [AdaptiveCoalescence, FastAdaptation])
+def test_the_page_has_every_argument(thing: type) -> None:
+    flowers = inspect.signature(FedAvg).parameters
+    for name in inspect.signature(thing).parameters.keys() - flowers.keys():
+        assert re.search(rf"^\|.*`{name}`.*\|.*\|$", PAGE, re.MULTILINE), name
+
+
+def test_the_pages_messages_are_those_of_the_code() -> None:
+    folders = (ROOT / "fl_wb", ROOT / "strategies", ROOT / "clients")
+    code = "\n".join(path.read_text("utf-8") for folder in folders for path in folder.glob("*.py"))
+    code = re.sub(r'"\n\s*f?"', "", code)  # strings that go on in the next line
+    table = PAGE.split("## Troubleshooting by message")[1]
+    flowers = {"Waiting for nodes to connect", "No query function registered"}
+    for messages in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE):
+        for message in set(re.findall("`(.*?)`", messages)) - flowers:
+            for piece in re.split(r"\.\.\.|: ", message):
+                assert piece.strip() in code, message
