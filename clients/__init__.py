@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from fl_wb.clients.fast_adaptation import FastAdaptation
 from fl_wb.clients.source import source_train
-from fl_wb.clients.target import FastAdaptation, target_evaluate
+from fl_wb.clients.target import target_evaluate
 
 __all__ = ["FastAdaptation", "source_train", "target_evaluate"]

@@ -11,12 +11,9 @@ from logging import INFO, WARNING
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import Tensor, nn
 
 from fl_wb import parts, records
@@ -31,12 +28,11 @@ from fl_wb.strategies.checks import (
     check_not_wrapped,
     check_settings,
 )
+from fl_wb.strategies.model import Model, State
 from fl_wb.strategies.role_fedavg import RoleFedAvg
 from fl_wb.strategies.uploads import Upload, Uploads
 from fl_wb.tracking import progress
 from fl_wb.wgan import Progress
-
-State = dict[str, Tensor]
 
 SCREENED = 256  # samples of each upload that are compared
 
@@ -164,10 +160,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self.callback = callback
         self.screening = screening
         self._patience = patience
-        self._initial = ArrayRecord()
-        self._generator: State = {}  # templates of what nodes send: the generator's arrays,
-        self._others: State = {}  # and the rest of the model's
-        self._head = ""  # what the model's names have before the generator's own
+        self._model: Model | None = None
         self._uploads = Uploads()
 
     def summary(self) -> None:
@@ -199,7 +192,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         ValueError
             If `initial_arrays`, generator, critic and latent dimension do not fit together.
         """
-        if server_round == 1 or not self._generator:
+        if server_round == 1 or self._model is None:
             self._begin(arrays)
         return super().configure_train(server_round, arrays, config, grid)
 
@@ -228,7 +221,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         if not kept:
             log(WARNING, "no valid upload in round %d: the model stays", server_round)
         elif (state := self._merge()) is not None:
-            arrays = self._whole(state, others)
+            assert self._model is not None
+            arrays = self._model.whole(state, others)
         if arrays is None:
             self._uploads = before  # what the model is made of
         metrics = MetricRecord(dict(metrics or {}))
@@ -239,13 +233,9 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     def _begin(self, arrays: ArrayRecord) -> None:
         """Start from scratch, as `start` means it, once everything is seen to fit."""
         check_device(self.device)
-        generative, others = parts.split(arrays, self.generator_keys)
+        generative, _ = parts.split(arrays, self.generator_keys)
         network = check_networks(generative, self.generator, self.critic, self.latent_dim)
-        self._initial = arrays
-        own = network.state_dict()
-        self._head = parts.own(generative, own)[1]
-        self._generator = {self._head + name: value.cpu() for name, value in own.items()}
-        self._others = {name: _template(name, array) for name, array in others.items()}
+        self._model = Model(arrays, network, self.generator_keys, self.refit)
         self._uploads = Uploads()
         self._strikes.clear()
 
@@ -255,9 +245,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         arrays = list(content.array_records.values())
         if len(arrays) != 1:
             raise records.InvalidUpload(f"it has {len(arrays)} ArrayRecords instead of one")
-        state = records.validate(arrays[0], {**self._generator, **self._others})
-        rest = {name: state.pop(name) for name in self._others}
-        state = {name.removeprefix(self._head): value for name, value in state.items()}
+        assert self._model is not None
+        state, rest = self._model.read(arrays[0])
         records.check_samples(self._network(state), latent_dim=self.latent_dim)
         return Upload(server_round, weight, digest(state), state), rest
 
@@ -321,33 +310,3 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             log(WARNING, "aggregate_train: the merge failed (%s): the model stays", error)
             return None
         return {name: value.cpu() for name, value in barycenter.state_dict().items()}
-
-    def _whole(self, generator: State, others: Sequence[tuple[int, float, State]]) -> ArrayRecord:
-        """Put the merged generator and the average of all other arrays into one model."""
-        generator = {self._head + name: value for name, value in generator.items()}
-        if not self._others:
-            return records.like(generator, self._initial)
-        replies = [
-            RecordDict({"arrays": ArrayRecord(rest), "metrics": MetricRecord({"weight": weight})})
-            for _, weight, rest in sorted(
-                others, key=lambda other: other[0]
-            )  # sums keep their order
-        ]
-        averages = aggregate_arrayrecords(replies, "weight")
-        # As nodes' arrays are read: a counter's average is rounded.
-        rest = records.validate(averages, self._others)
-        if self.refit is not None:
-            whole = {**generator, **rest}
-            fitted = self.refit({name: whole[name].clone() for name in self._initial})
-            try:
-                found = ArrayRecord({name: fitted[name].detach() for name in fitted})
-                rest = records.validate(parts.split(found, self.generator_keys)[1], self._others)
-            except records.InvalidUpload as error:
-                raise ValueError(f"refit returned arrays that do not fit: {error}") from error
-        return records.like({**generator, **rest}, self._initial)
-
-
-def _template(name: str, array: Array) -> Tensor:
-    values = torch.from_numpy(np.array(array.numpy()))
-    # FedAvg makes a floating number of this counter, nodes' networks an integer again.
-    return values.long() if name.endswith("num_batches_tracked") else values
