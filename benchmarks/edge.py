@@ -2,9 +2,9 @@
 
     python benchmarks/edge.py [--network mlp]
 
-Every row is measured in a process of its own, with one thread: seconds to load the file once the
-libraries are imported, seconds a sample in batches of one and of 100, and the peak memory of the
-whole process (Linux's VmHWM), of which the libraries take most.
+Every row is the median of `REPETITIONS` processes of one thread, in core time: to load the file
+once the libraries are imported, and a sample in batches of one and of 100; and the peak memory of
+the whole process (Linux's VmHWM), of which the libraries take most.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 SHAPES = {"mlp": (1, 8, 8), "conv": (1, 28, 28), "dcgan": (1, 32, 32)}
+REPETITIONS = 5
 RUNTIMES = ("torch, full precision", "torch, ternary", "numpy, ternary")
 
 
@@ -44,9 +46,9 @@ def measure(runtime: str, network: str, folder: Path) -> dict[str, float]:
         from fl_wb.numpy_reader import PackedGenerator
 
         path = folder / "ternary.flwb"
-        began = time.perf_counter()
+        began = time.process_time()
         reader = PackedGenerator(path, shape)
-        loaded = time.perf_counter() - began
+        loaded = time.process_time() - began
         latents = np.random.default_rng(0).standard_normal((100, reader.latent_dim), np.float32)
         sample = lambda n: reader(latents[:n])  # noqa: E731
     else:
@@ -58,23 +60,23 @@ def measure(runtime: str, network: str, folder: Path) -> dict[str, float]:
 
         torch.set_num_threads(1)
         path = folder / ("full.safetensors" if "full" in runtime else "ternary.flwb")
-        began = time.perf_counter()
+        began = time.process_time()
         generator = make_generator(network, shape)
         if "full" in runtime:
             generator.load_state_dict(load_tensors(path)[0])
         else:
             generator = ternary.load(path, generator)
-        loaded = time.perf_counter() - began
+        loaded = time.process_time() - began
         generator.eval().requires_grad_(False)
         z = torch.randn(100, generator.latent_dim)
         sample = lambda n: generator(z[:n])  # noqa: E731
     figures = {"kB": path.stat().st_size / 1000, "load ms": loaded * 1e3}
     for n in (1, 100):
         sample(n)
-        repeats, began = 200 // n + 5, time.perf_counter()
+        repeats, began = 200 // n + 5, time.process_time()
         for _ in range(repeats):
             sample(n)
-        figures[f"us a sample, {n}"] = (time.perf_counter() - began) / repeats / n * 1e6
+        figures[f"us a sample, {n}"] = (time.process_time() - began) / repeats / n * 1e6
     figures["peak MB"] = _peak() / 1000
     return figures
 
@@ -99,14 +101,17 @@ def main() -> None:
         prepare(given.network, Path(folder))
         for runtime in RUNTIMES:
             command = [sys.executable, __file__, "--network", given.network]
-            done = subprocess.run(
-                [*command, "--one", runtime, folder],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            rows[runtime] = json.loads(done.stdout)
+            found = []
+            for _ in range(REPETITIONS):
+                done = subprocess.run(
+                    [*command, "--one", runtime, folder],
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                found.append(json.loads(done.stdout))
+            rows[runtime] = {name: median(figures[name] for figures in found) for name in found[0]}
     names = list(rows[RUNTIMES[0]])
     print(f"{given.network:<24}" + "".join(f"{name:>18}" for name in names))
     for runtime, figures in rows.items():
