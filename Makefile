@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/fl-wb $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # mypy reads the package as it installs, with strategies/, clients/ and conf/ inside fl_wb.
 lint: $(VENV)/installed-dev

@@ -14,7 +14,11 @@ from torch import nn
 from fl_wb import numpy_reader, ternary
 from fl_wb.networks import make_generator
 from fl_wb.numpy_reader import PackedFileError, PackedGenerator
+from fl_wb.ternary import Ternarization
+from fl_wb.wgan import Training
 
+# What is packed needs only to be ternary here, not good.
+QUICK = Ternarization(iterations=1, training=Training(iterations=1))
 SHIPPED = [("mlp", (1, 8, 8)), ("conv", (3, 28, 32)), ("dcgan", (1, 32, 24))]
 
 
@@ -26,7 +30,7 @@ def packed(folder: Path, name: str, shape: tuple[int, ...]) -> tuple[Path, nn.Mo
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.running_mean = torch.randn(module.num_features)
             module.running_var = torch.rand(module.num_features) + 0.5
-    path = ternary.save(ternary.ternarize(network, iterations=1), folder / f"{name}.flwb")
+    path = ternary.save(ternary.ternarize(network, settings=QUICK), folder / f"{name}.flwb")
     return path, ternary.load(path, network)
 
 
@@ -82,6 +86,8 @@ def test_another_network_or_shape_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PackedFileError, match=r"makes samples \(1, 28, 28\), not \(3, 28, 28\)"):
         PackedGenerator(path, (3, 28, 28))
     other = nn.Sequential(nn.Linear(2, 4))
-    own = ternary.save(ternary.ternarize(other, iterations=1, latent_dim=2), tmp_path / "own.flwb")
+    own = ternary.save(
+        ternary.ternarize(other, settings=QUICK, latent_dim=2), tmp_path / "own.flwb"
+    )
     with pytest.raises(PackedFileError, match="holds a 'Sequential', not one of"):
         PackedGenerator(own, (4,))
