@@ -189,7 +189,7 @@ class Merge:
             maps = [previous, new]
         training = self.settings.training
         # One batch at a time: that is what the displacement couples.
-        size, batch = min(POOL, training.reals), training.batch_size
+        size, batch = min(POOL, max(training.reals, 1)), training.batch_size
         rng = torch.Generator(self.device).manual_seed(seed)
         pools = [push_forward(generator, self.dim, batch)(size, rng) for generator in maps]
         return [resample(pool) for pool in pools]

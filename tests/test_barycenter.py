@@ -198,6 +198,12 @@ def test_short_arguments_stand_for_fields_of_the_stage():
     assert TINY.geodesic == "mixture" and TINY.training.iterations == 2
 
 
+def test_a_stage_may_be_its_distilled_start_alone():
+    stage = Stage(distillation=Distillation(iterations=2), training=Training(iterations=0))
+    merged = recursive_barycenter([Gaussian([0.0, 0.0]), Gaussian([1.0, 0.0])], stage=stage)
+    assert torch.isfinite(generate(merged, 10)).all()
+
+
 def test_progress_counts_all_stages_as_one():
     told = []
     recursive_barycenter(
