@@ -111,7 +111,8 @@ def main() -> None:
             work(seed, table)
     for name, columns in table.items():
         cells = [
-            f"{key} {statistics.fmean(v):.3f} (worst {max(v):.3f})" for key, v in columns.items()
+            f"{key} {statistics.fmean(v):.3f}" + (f" (worst {max(v):.3f})" if len(v) > 1 else "")
+            for key, v in columns.items()
         ]
         print(f"- {name}: " + "; ".join(cells))
 
