@@ -32,8 +32,8 @@ from fl_wb.wgan import (
 )
 
 POOL = 8192
-"""Samples of each measure that a stage's critics see, at most: drawn once, as it would be from a
-data set. Drawing every batch anew took a quarter of the stage and made nothing better."""
+"""Samples of each measure that a stage's critics see, at most: drawn once, as from a data set.
+Drawn anew for every critic step, they would cost a forward pass of the sources each time."""
 
 GEODESICS = ("two_critics", "mixture", "displacement")
 STARTS = ("distilled", "previous")
