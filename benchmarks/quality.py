@@ -116,15 +116,13 @@ def merge(seed: int, table: Table, overrides: str) -> None:
     )
     table["the pool of the sources"].append(bench.row(pool) | {"seconds": seconds})
     stage = bench.config.strategy.stage
-    paper = compose("strategy=paper").strategy.stage
+    paper = compose(f"{overrides} strategy=paper").strategy.stage
     recipes = {
         f"{geodesic}, {start} start": replace(stage, geodesic=geodesic, start=start)
         for geodesic in GEODESICS
         for start in STARTS
     }
-    recipes["the paper's recipe"] = replace(
-        paper, training=replace(stage.training, iterations=paper.training.iterations, warmup=0)
-    )
+    recipes["the paper's recipe"] = paper
     recipes["distilled start alone"] = replace(
         stage, training=replace(stage.training, iterations=0, warmup=0)
     )

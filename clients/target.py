@@ -21,11 +21,12 @@ from flwr.app import (
 from torch import Tensor, nn
 
 from fl_wb import metrics, records, ternary
-from fl_wb.adaptation import POOL, Adaptation, variation_bank
+from fl_wb.adaptation import POOL, Adaptation
 from fl_wb.checkpoint import Snapshots
 from fl_wb.clients.fast_adaptation import FastAdaptation
 from fl_wb.metrics import Evaluation
 from fl_wb.networks import generate
+from fl_wb.variation import variation_bank
 from fl_wb.wgan import resample
 
 PICTURES = 64  # of each step, in a reply

@@ -16,12 +16,26 @@ from torch import Tensor, nn
 
 from fl_wb.checkpoint import Checkpoint, TrainingState
 from fl_wb.isolation import own_random_numbers
-from fl_wb.networks import device_of, latent_dim_of
+from fl_wb.networks import device_of
 from fl_wb.transport import energy_distance
 from fl_wb.wgan import Progress
 
+Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+"""Draws n latents (n, latent_dim), and the sample (n, ...) that each should become."""
+
 ENERGY = 1.25
 """Weight of the energy distance beside the distance latent by latent."""
+
+
+def pairs_of(teacher: Callable[[Tensor], Tensor], latent_dim: int) -> Pairs:
+    """Pairs of a known map of the latent: z ~ N(0, I) and teacher(z), without a graph."""
+
+    @torch.no_grad()
+    def draw(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        z = torch.randn(n, latent_dim, generator=rng, device=rng.device)
+        return z, teacher(z)
+
+    return draw
 
 
 @dataclass
@@ -46,29 +60,27 @@ class Distillation:
 
 def distill(
     student: nn.Module,
-    teacher: Callable[[Tensor], Tensor],
+    pairs: Pairs,
     settings: Distillation,
     *,
-    latent_dim: int | None = None,
     seed: int = 0,
     groups: Sequence[dict[str, object]] | None = None,
     callback: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> None:
-    """Train `student`, in place, to generate what `teacher` generates, latent by latent.
+    """Train `student`, in place, to make of each latent z the sample x that it is paired with.
 
-    The loss is E||student(z) - teacher(z)||_1 / sqrt(d) + ENERGY * ED(student, teacher),
-    z ~ N(0, I), for samples of d values. Sharing z is a coupling, so the first term bounds a
-    multiple of W1(student, teacher) from above; it alone would shrink the samples of a student
-    that cannot follow its teacher everywhere towards their median, which the second, a distance
-    of the two measures, sees.
+    The loss is E||student(z) - x||_1 / sqrt(d) + ENERGY * ED(student(z), x), for samples of d
+    values. Sharing z is a coupling, so the first term bounds a multiple of W1 between the two
+    measures from above; it alone would shrink the samples of a student that cannot follow
+    everywhere towards their median, which the second, a distance of the measures, sees.
 
     Parameters
     ----------
     student : nn.Module
         A generator, trained in the mode that it is in: eval mode keeps normalisation statistics.
-    teacher : callable
-        Latents (n, latent_dim) to samples (n, ...); called without a graph.
+    pairs : callable
+        `pairs_of` a teacher, say.
     settings : Distillation
     groups : optional
         Adam's parameter groups. Each may have its own ``lr``, and say at which share of the
@@ -76,7 +88,6 @@ def distill(
     seed, callback, checkpoint
         As in `fl_wb.wgan.train_wgan`.
     """
-    dim = latent_dim_of(student, latent_dim)
     rng = torch.Generator(device_of(student)).manual_seed(seed)
     adam = torch.optim.Adam(groups or student.parameters(), lr=settings.lr, fused=True)
     rates = [(group["lr"], group.get("until", 1.0)) for group in adam.param_groups]
@@ -87,9 +98,7 @@ def distill(
         for group, (rate, until) in zip(adam.param_groups, rates, strict=True):
             x = min(state.iteration / settings.iterations / until, 1.0)
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * x))
-        z = torch.randn(settings.batch_size, dim, generator=rng, device=rng.device)
-        with torch.no_grad():
-            target = teacher(z)
+        z, target = pairs(settings.batch_size, rng)
         with own_random_numbers(seed + state.iteration):
             samples = student(z)
         distance = (samples - target).abs().mean() * math.sqrt(target[0].numel())

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn
 
-from fl_wb.distillation import Distillation, distill
+from fl_wb.distillation import Distillation, distill, pairs_of
 from fl_wb.isolation import copy_of
 from fl_wb.mixture import Map, mix
 from fl_wb.storage import digest
@@ -146,9 +146,8 @@ class Merge:
         if self.settings.start == "distilled":
             distill(
                 merged,
-                teacher,
+                pairs_of(teacher, self.dim),
                 self.settings.distillation,
-                latent_dim=self.dim,
                 seed=seed,
                 callback=callback,
                 checkpoint=start,

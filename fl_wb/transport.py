@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ITERATIONS = 10_000_000  # of the network simplex, which POT would else end short of the optimum
+
 
 def wasserstein1(x: Tensor, y: Tensor) -> float:
     """Exact Wasserstein-1 distance of two sample sets with Euclidean ground cost.
@@ -40,7 +42,7 @@ def wasserstein1(x: Tensor, y: Tensor) -> float:
         raise ValueError("samples must be finite")
     import ot  # here: it takes seconds that a strategy and most clients need not pay
 
-    value = ot.emd2(ot.unif(len(a)), ot.unif(len(b)), cost, numItermax=10_000_000)
+    value = ot.emd2(ot.unif(len(a)), ot.unif(len(b)), cost, numItermax=ITERATIONS)
     return float(value)
 
 
@@ -58,7 +60,7 @@ def coupling(x: Tensor, y: Tensor) -> Tensor:
     cost = torch.cdist(_rows(x), _rows(y)).square().numpy()
     import ot  # see `wasserstein1`
 
-    plan = ot.emd(ot.unif(len(cost)), ot.unif(len(cost)), cost)
+    plan = ot.emd(ot.unif(len(cost)), ot.unif(len(cost)), cost, numItermax=ITERATIONS)
     return torch.from_numpy(plan.argmax(axis=1))
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb.adaptation import METHODS, Adaptation, adapt, choose_anchor, variation_bank
+from fl_wb.adaptation import METHODS, Adaptation, adapt, choose_anchor
+from fl_wb.distillation import Distillation
 from fl_wb.networks import MLPCritic, generate, make_generator
 from fl_wb.transport import energy_distance
 from fl_wb.wgan import Training
@@ -20,7 +21,7 @@ def few(n: int = 5, *, mean: float = 0.0) -> Tensor:
 
 
 def tiny(method: str = "variation") -> Adaptation:
-    return Adaptation(method=method, training=TINY)
+    return Adaptation(method=method, transport=Distillation(2, 8), training=TINY)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,71 +102,43 @@ def test_what_is_no_sample_is_refused(samples: Tensor, text: str):
 
 
 def test_an_unknown_method_is_refused():
-    with pytest.raises(ValueError, match=r"method='magic' is not one of variation, plain"):
+    with pytest.raises(
+        ValueError, match=r"method='magic' is not one of variation, transport, plain"
+    ):
         Adaptation(method="magic")
 
 
-# variation_bank
+# transport
 
 
-def test_variation_is_the_pool_s_own():
-    # Samples far from the pool; in the pool two clusters that never mix.
-    rng = torch.Generator().manual_seed(0)
-    pool = torch.cat(
-        [torch.randn(100, 2, generator=rng) * 0.1, 50 + torch.randn(100, 2, generator=rng)]
+def test_a_transport_reaches_a_new_measure_without_a_wgan():
+    start, samples = Gaussian((0.0, 0.0)), few(20, mean=4.0)
+    told = []
+
+    adapted = adapt(
+        start,
+        samples,
+        settings=Adaptation(
+            method="transport",
+            transport=Distillation(150, 32, 3e-2),
+            training=Training(iterations=1, batch_size=8, critic_steps=1),
+        ),
+        callback=lambda done, total, _: told.append((done, total)),
     )
-    pairs = (pool.unsqueeze(0) - pool.unsqueeze(1)).reshape(-1, 2)
-    largest = []
-    for sample in (torch.tensor([[20.0, 5.0]]), torch.tensor([[30.0, 40.0]])):  # nearer to one each
-        bank = variation_bank(sample, pool, near=60, step=30, size=100)
 
-        assert bank.shape == (100, 2)
-        differences = bank - sample
-        nearest = torch.cdist(differences.double(), pairs.double()).min(1).values
-        assert nearest.max() < 1e-5  # rounded when it was added to the sample
-        assert differences.norm(dim=1).min() > 0  # y2 is never y1
-        largest.append(differences.abs().max())
-    # the first sample varies as little as its own cluster does, the second as much as its own
-    assert largest[0] < 1 < largest[1]
+    assert told == [(done, 151) for done in range(1, 152)]
+    reached = generate(adapted, 500, seed=1)
+    assert (reached.mean(0) - samples.mean(0)).norm() < 0.3
+    assert energy_distance(reached, samples) < 0.1 * energy_distance(generate(start, 500), samples)
 
 
-def test_variation_starts_on_the_way_to_a_near_sample():
-    few = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [9.0, 9.0]])
-    pool = torch.stack([torch.zeros(2), torch.full((2,), 9.0)]).repeat_interleave(100, 0)
-
-    bank = variation_bank(few, pool, partners=2, near=50, step=50, size=400)
-
-    # the pool's neighbours are equal, so that nothing but the start varies
-    first = bank[::4]  # from (0, 0), whose two nearest are (1, 0) and (0, 1)
-    assert first.min() == 0 and first.prod(1).max() == 0
-    assert first.amax(0).min() > 0.6 and first.max() <= 0.7
-    last = bank[3::4] - few[3]  # from (9, 9): a near sample is never the sample itself
-    assert last.norm(dim=1).max() > 3 and last.max() <= 0
-
-
-def test_neighbours_are_as_many_as_asked_for():
-    # A grid on a line and one step: x' is x plus or minus one, and y1 one of three.
-    pool = torch.arange(100.0).unsqueeze(1)
-    bank = variation_bank(torch.tensor([[50.0]]), pool, near=3, step=2)
-    assert set(bank.flatten().tolist()) == {49.0, 51.0}
-    wider = variation_bank(torch.tensor([[50.0]]), pool, near=3, step=4)
-    assert set(wider.flatten().tolist()) == {48.0, 49.0, 51.0, 52.0}
-
-
-def test_widened_samples_stay_within_the_values_that_occur():
-    pool = torch.rand(300, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    bank = variation_bank(torch.full((1, 1, 2, 2), 0.9), pool)
-    assert bank.max() == pool.max() and bank.min() >= pool.min()
-    bright = variation_bank(torch.full((1, 1, 2, 2), 3.0), pool)
-    assert bright.max() == 3
-
-
-def test_the_bank_depends_on_its_seed_alone():
-    pool = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
-    rng = torch.get_rng_state()
-    one, two, other = (variation_bank(few(), pool, seed=seed) for seed in (1, 1, 2))
-    assert one.equal(two) and not one.equal(other)
-    assert torch.get_rng_state().equal(rng)
+def test_a_generator_that_fits_already_is_not_transported():
+    samples = generate(Gaussian((0.0, 0.0)), 40, seed=9)
+    one, other = (
+        adapt(Gaussian((0.0, 0.0)), samples, settings=tiny(method))
+        for method in ("transport", "variation")
+    )
+    assert same(one, other)
 
 
 # the anchor

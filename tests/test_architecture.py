@@ -19,6 +19,7 @@ MATHEMATICS = (
         "features",
         "datasets",
         "mixture",
+        "variation",
         "packing",
         "screening",
         "numpy_reader",

@@ -113,7 +113,7 @@ def test_hydra_may_be_initialised_already() -> None:
         # unknown names
         ("strategy.stage.geodesic=line", "'line' must be one of: two_critics, mixture, displacem"),
         ("strategy.stage.start=cold", "start='cold' must be one of: distilled, previous"),
-        ("client.adaptation.method=x", "method='x' must be one of: variation, plain"),
+        ("client.adaptation.method=x", "method='x' must be one of: variation, transport, plain"),
         ("network.generator=unet", "generator='unet' must be one of: mlp, conv, dcgan"),
         ("device=gpu", "device='gpu' must be cpu, mps, cuda, or one CUDA device"),
         ("data=mnist", "data.root must be given"),
