@@ -1,7 +1,7 @@
 """Quality of the merge, the adaptation and the ternarization, on real digits or IDX images.
 
-    python -m benchmarks.quality merge [--seeds 0 1 2] [data=mnist data.root=FOLDER ...]
-    python -m benchmarks.quality adapt [--seeds 0 1 2] [data=mnist data.root=FOLDER ...]
+    python -m benchmarks.quality merge [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
+    python -m benchmarks.quality adapt [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
 
 `merge`: barycenters of two sources by each geodesic and start, beside samples of the pool of the
 sources themselves (their exact mixture). `adapt`: two targets with 10 samples a class, one of all
@@ -97,7 +97,7 @@ def timed(work: Callable[[], nn.Module]) -> tuple[nn.Module, float]:
     return made, time.process_time() - began
 
 
-def merge(seed: int, table: Table, overrides: str) -> None:
+def merge(seed: int, table: Table, overrides: str, only: str = "") -> None:
     """Each geodesic and start, the paper's own recipe, and the exact pool."""
     bench = Bench(f"{OVERLAPPING} {overrides}", seed)
     sources, began = None, time.process_time()
@@ -127,6 +127,8 @@ def merge(seed: int, table: Table, overrides: str) -> None:
         stage, training=replace(stage.training, iterations=0, warmup=0)
     )
     for name, settings in recipes.items():
+        if only not in name:
+            continue
         merged, seconds = timed(
             lambda settings=settings: recursive_barycenter(  # type: ignore[misc]
                 sources, critic=bench.make_critic, stage=settings, seed=seed
@@ -135,9 +137,11 @@ def merge(seed: int, table: Table, overrides: str) -> None:
         table[name].append(bench.of(merged) | {"seconds": seconds})
 
 
-def adaptation(seed: int, table: Table, overrides: str) -> None:
+def adaptation(seed: int, table: Table, overrides: str, only: str = "") -> None:
     """Start, adapted, ternary and plain, for a target of known and one of new classes."""
     for name, classes in (("all", OVERLAPPING), ("new", NON_OVERLAPPING)):
+        if only not in name:
+            continue
         bench = Bench(f"{classes} {overrides}", seed)
         few = bench.few
         start = recursive_barycenter(
@@ -213,13 +217,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("what", choices=("merge", "adapt"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--only", default="", help="a word in the recipes' names (merge), or all or new (adapt)"
+    )
     parser.add_argument("overrides", nargs="*", help="as for fl-wb, e.g. data=mnist data.root=DIR")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table: Table = defaultdict(list)
     work = {"merge": merge, "adapt": adaptation}[arguments.what]
     for seed in arguments.seeds:
-        work(seed, table, " ".join(arguments.overrides))
+        work(seed, table, " ".join(arguments.overrides), arguments.only)
         print(f"# after seed {seed}\n{markdown(table)}\n", flush=True)
 
 

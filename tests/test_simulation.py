@@ -29,6 +29,7 @@ TINY = [
     "strategy.stage.distillation.iterations=8",
     "client.adaptation.training.iterations=2",
     "client.adaptation.training.warmup=2",
+    "client.adaptation.transport.iterations=4",
     "client.ternarization.iterations=4",
     "client.ternarization.training.iterations=2",
     "client.ternarization.training.warmup=2",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fl_wb.networks import generate
+from fl_wb.transport import energy_distance
 from fl_wb.variation import transport_pairs, variation_bank
 from tests.points import Gaussian
 
@@ -72,6 +73,20 @@ def test_the_bank_depends_on_its_seed_alone():
     one, two, other = (variation_bank(few(), pool, seed=seed) for seed in (1, 1, 2))
     assert one.equal(two) and not one.equal(other)
     assert torch.get_rng_state().equal(rng)
+
+
+def test_widened_samples_are_nearer_to_a_target_that_varies_like_the_pool():
+    pool = generate(Gaussian((0.0, 0.0)), 4000)
+    held_out = generate(Gaussian((1.5, 1.5)), 1000, seed=6)
+    samples = torch.tensor([[1.4, 1.5], [1.5, 1.6], [1.6, 1.4]])
+
+    bank = variation_bank(samples, pool, step=300)
+
+    assert bank.std(0).mean() > 1.5 * samples.std(0).mean()
+    nearer, resampled = (
+        energy_distance(x, held_out) for x in (bank[:1000], samples.repeat(334, 1)[:1000])
+    )
+    assert nearer < 0.8 * resampled
 
 
 def test_differences_are_scaled():
