@@ -38,9 +38,6 @@ __all__ = [
     "unpack",
 ]
 
-FIDELITY = 1.0
-"""Weight of E||G(z) - teacher(z)|| in the polishing WGAN's loss, as in `fl_wb.stage`."""
-
 SETTLED = 0.7
 """Share of the iterations after which weights and thresholds stand still."""
 
@@ -66,14 +63,16 @@ class Ternarization:
     threshold_lr
         Learning rate of Delta / std(W); 0 keeps the thresholds where they start. Much larger
         rates drift until no weight is zero.
-    training
-        The WGAN-GP that polishes what stays in full precision afterwards.
+    fidelity, training
+        The WGAN-GP that polishes what stays in full precision afterwards, and the weight of
+        E||G(z) - teacher(z)|| in its loss, as in `fl_wb.stage.Stage`.
     """
 
     iterations: int = 1300
     batch_size: int = 128
     lr: float = 1e-3
     threshold_lr: float = 2e-4
+    fidelity: float = 1.0
     training: Training = field(
         default_factory=lambda: Training(iterations=150, warmup=150, generator_lr=2e-3)
     )
@@ -187,7 +186,7 @@ def ternarize(
     total = settings.iterations + settings.training.iterations
     first, then = (part_of(callback, before, total) for before in (0, settings.iterations))
     ternary = _distilled(teacher, settings, latent_dim, seed, first)
-    ternary = _polished(ternary, teacher, critic, settings.training, latent_dim, seed, then)
+    ternary = _polished(ternary, teacher, critic, settings, latent_dim, seed, then)
     for module in ternary.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             _fold_statistics(module)
@@ -251,7 +250,7 @@ def _polished(
     ternary: nn.Module,
     teacher: nn.Module,
     critic: Callable[[], nn.Module] | None,
-    training: Training,
+    settings: Ternarization,
     latent_dim: int | None,
     seed: int,
     callback: Progress | None,
@@ -260,6 +259,7 @@ def _polished(
 
     A critic sees what no distance of samples does: how the ternary generator's measure differs.
     """
+    training = settings.training
     ternary.requires_grad_(True)
     for _, layer in ternarizable(ternary):
         layer.get_parameter("weight").requires_grad_(False)
@@ -278,7 +278,7 @@ def _polished(
         training,
         latent_dim=latent_dim,
         seed=seed,
-        regularizer=distance_to(teacher, FIDELITY),
+        regularizer=distance_to(teacher, settings.fidelity),
         callback=callback,
     ).generator
 
