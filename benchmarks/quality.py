@@ -100,7 +100,7 @@ def timed(work: Callable[[], nn.Module]) -> tuple[nn.Module, float]:
 def merge(seed: int, table: Table, overrides: str, only: str = "") -> None:
     """Each geodesic and start, the paper's own recipe, and the exact pool."""
     bench = Bench(f"{OVERLAPPING} {overrides}", seed)
-    sources, began = None, time.process_time()
+    began = time.process_time()
     sources = bench.sources()
     seconds = (time.process_time() - began) / len(sources)
     exact = mixture_map(sources[0], sources[1], 0.5)
