@@ -37,6 +37,8 @@ DATA = {
     "mnist": "data=mnist data.held_out=0.2 client.source.iterations=8000"
     " client.evaluation.samples=1000",
 }
+# fine-tuning for as many seconds as `client=default` adapts for, with the network of the data
+PLAIN = {"digits": "plain", "mnist": "plain client.adaptation.training.iterations=450"}
 FULL = ("overlapping", "non_overlapping")  # experiments with every row
 FEW = (5, 20, 100)  # samples a class, beside the usual 10
 BARE = "client.ternarize=false"
@@ -47,6 +49,7 @@ class Group:
     """The runs of one experiment and seed, which share their sources."""
 
     base: str
+    plain: str
     experiment: str
     seed: int
     folder: Path
@@ -62,15 +65,16 @@ class Group:
             pairs = [(start, "default") for start in (*transfers, "strategy=ensemble")]
         elif count != 10:
             pairs = [(start, "default") for start in transfers]
-            pairs += [("strategy=edge_only", "plain"), ("strategy=adaptive_coalescence", "plain")]
+            starts = ("strategy=edge_only", "strategy=adaptive_coalescence")
+            pairs += [(start, self.plain) for start in starts]
             return [f"{start} client={client} {BARE}" for start, client in pairs] + [
                 f"{ours} {BARE}"
             ]
         else:
             starts = (*transfers, "strategy=fedavg", "strategy=ensemble", "strategy=edge_only")
-            pairs = [(start, client) for start in starts for client in ("plain", "default")]
+            pairs = [(start, client) for start in starts for client in (self.plain, "default")]
             pairs += [("strategy=paper", "paper"), ("strategy=paper", "default")]
-            pairs += [(f"strategy=adaptive_coalescence {CURVE}", "plain")]
+            pairs += [(f"strategy=adaptive_coalescence {CURVE}", self.plain)]
         return [f"{start} client={client} {BARE}" for start, client in pairs] + [f"{ours} {CURVE}"]
 
     def jobs(self) -> list[str]:
@@ -84,7 +88,8 @@ class Group:
             fixed = "strategy=adaptive_coalescence client.ternarization.threshold_lr=0"
             # as many iterations as two sources together
             iterations = 2 * compose(self.base).client.source.iterations
-            full = f"strategy=full_data client.source.iterations={iterations} client=plain {BARE}"
+            full = f"strategy=full_data client.source.iterations={iterations}"
+            full += f" client={self.plain} {BARE}"
             rows += [f"{row} data.samples_per_class=10" for row in (fixed, full)]
         return [
             f"{self.base} {COMMON} experiment={self.experiment} seed={self.seed} {row}"
@@ -105,10 +110,12 @@ class Group:
         """Run the app with these overrides, its nodes in this process."""
         own = overrides.replace(f"{self.base} {COMMON} ", "")
         output = self.folder / re.sub(r"[^\w.=-]+", "_", own)
-        if (output / "metrics.json").exists():
-            return
         began, config = time.perf_counter(), compose(overrides)
         made = str(config.strategy)
+        if (output / "metrics.json").exists():
+            if (output / "barycenter").exists():
+                self.trained[made] = output / "barycenter"
+            return
         if made in self.trained:
             shutil.copytree(self.trained[made], output / "barycenter", dirs_exist_ok=True)
         settings = {"overrides": overrides, "output": str(output)}
@@ -138,6 +145,7 @@ def main() -> None:
     groups = [
         Group(
             base,
+            PLAIN[arguments.data],
             experiment,
             seed,
             arguments.output.resolve() / arguments.data / f"{experiment}-{seed}",

@@ -2,13 +2,16 @@
 
     python -m benchmarks.quality merge [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
     python -m benchmarks.quality adapt [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
+    python -m benchmarks.quality deal [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
 
 `merge`: barycenters of two sources by each geodesic and start, beside samples of the pool of the
 sources themselves (their exact mixture). `adapt`: two targets with 10 samples a class, one of all
 classes (sources 0-4, 5-9), one of classes that no source has (8-9; sources 0-3, 4-7): start,
-variation transfer, its ternary form, plain fine-tuning. Sources are trained with the shipped
-settings, by the seed. Seconds are of one core's time (`time.process_time`, one thread). Every
-figure is the mean of five draws of the generator, given as mean and standard deviation over seeds.
+variation transfer, its ternary form, plain fine-tuning. `deal`: what of those targets' energy
+distance lies in the few samples alone: real ones, moved so that their mean is the few samples'.
+Sources are trained with the shipped settings, by the seed. Seconds are of one core's time
+(`time.process_time`, one thread). Every figure is the mean of five draws of the generator,
+given as mean and standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from fl_wb.config import Config, compose
 from fl_wb.metrics import compare, train_features
 from fl_wb.networks import generate, make_critic, make_generator
 from fl_wb.ternary import pack, ternarize
+from fl_wb.transport import energy_distance
 from fl_wb.wgan import resample, train_wgan
 
 COLUMNS = ("w1", "frechet", "kid", "energy", "density", "coverage", "memorization")
@@ -190,6 +194,19 @@ def adaptation(seed: int, table: Table, overrides: str, only: str = "") -> None:
         print(f"# seed {seed}, {name}: {size} bytes become {len(pack(ternary))}", flush=True)
 
 
+def deal(seed: int, table: Table, overrides: str, only: str = "") -> None:
+    """Energy distance of real samples, moved so that their mean is the few samples'."""
+    for name, classes in (("all", OVERLAPPING), ("new", NON_OVERLAPPING)):
+        if only not in name:
+            continue
+        bench = Bench(f"{classes} {overrides}", seed)
+        held, shift = bench.held_out, bench.few.mean(0) - bench.held_out.mean(0)
+        halves = [held[torch.randperm(len(held), generator=_rng(s))].chunk(2) for s in range(DRAWS)]
+        for label, moved in (("real samples", 0.0), ("real samples, moved", shift)):
+            energy = [energy_distance(a + moved, b).item() for a, b in halves]
+            table[f"{name}: {label}"].append({"energy": statistics.fmean(energy)})
+
+
 def markdown(table: Table) -> str:
     """Rows of mean ± standard deviation over the seeds."""
     columns = (*COLUMNS, "seconds")
@@ -215,16 +232,16 @@ def _rng(seed: int) -> torch.Generator:
 def main() -> None:
     """Run one benchmark and print its table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("what", choices=("merge", "adapt"))
+    parser.add_argument("what", choices=("merge", "adapt", "deal"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--only", default="", help="a word in the recipes' names (merge), or all or new (adapt)"
+        "--only", default="", help="a word in the recipes' names (merge), or all or new"
     )
     parser.add_argument("overrides", nargs="*", help="as for fl-wb, e.g. data=mnist data.root=DIR")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     table: Table = defaultdict(list)
-    work = {"merge": merge, "adapt": adaptation}[arguments.what]
+    work = {"merge": merge, "adapt": adaptation, "deal": deal}[arguments.what]
     for seed in arguments.seeds:
         work(seed, table, " ".join(arguments.overrides), arguments.only)
         print(f"# after seed {seed}\n{markdown(table)}\n", flush=True)
