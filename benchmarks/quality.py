@@ -40,6 +40,14 @@ from fl_wb.wgan import resample, train_wgan
 COLUMNS = ("w1", "frechet", "kid", "energy", "density", "coverage", "memorization")
 OVERLAPPING = "data.sources=[[0,1,2,3,4],[5,6,7,8,9]] data.targets=[[0,1,2,3,4,5,6,7,8,9]]"
 NON_OVERLAPPING = "data.sources=[[0,1,2,3],[4,5,6,7]] data.targets=[[8,9]]"
+TARGETS = {"all": OVERLAPPING, "new": NON_OVERLAPPING}
+MERGES = [(geodesic, start) for geodesic in GEODESICS for start in STARTS]
+PAPER, START = "the paper's recipe", "distilled start alone"
+NAMES = {
+    "merge": [*(f"{geodesic}, {start} start" for geodesic, start in MERGES), PAPER, START],
+    "adapt": list(TARGETS),
+    "deal": list(TARGETS),
+}
 DRAWS = 5
 
 
@@ -121,16 +129,9 @@ def merge(seed: int, table: Table, overrides: str, only: str = "") -> None:
     table["the pool of the sources"].append(bench.row(pool) | {"seconds": seconds})
     stage = bench.config.strategy.stage
     paper = compose(f"{overrides} strategy=paper").strategy.stage
-    recipes = {
-        f"{geodesic}, {start} start": replace(stage, geodesic=geodesic, start=start)
-        for geodesic in GEODESICS
-        for start in STARTS
-    }
-    recipes["the paper's recipe"] = paper
-    recipes["distilled start alone"] = replace(
-        stage, training=replace(stage.training, iterations=0, warmup=0)
-    )
-    for name, settings in recipes.items():
+    recipes = [replace(stage, geodesic=geodesic, start=start) for geodesic, start in MERGES]
+    recipes += [paper, replace(stage, training=replace(stage.training, iterations=0, warmup=0))]
+    for name, settings in zip(NAMES["merge"], recipes, strict=True):
         if only not in name:
             continue
         merged, seconds = timed(
@@ -143,7 +144,7 @@ def merge(seed: int, table: Table, overrides: str, only: str = "") -> None:
 
 def adaptation(seed: int, table: Table, overrides: str, only: str = "") -> None:
     """Start, adapted, ternary and plain, for a target of known and one of new classes."""
-    for name, classes in (("all", OVERLAPPING), ("new", NON_OVERLAPPING)):
+    for name, classes in TARGETS.items():
         if only not in name:
             continue
         bench = Bench(f"{classes} {overrides}", seed)
@@ -196,7 +197,7 @@ def adaptation(seed: int, table: Table, overrides: str, only: str = "") -> None:
 
 def deal(seed: int, table: Table, overrides: str, only: str = "") -> None:
     """Energy distance of real samples, moved so that their mean is the few samples'."""
-    for name, classes in (("all", OVERLAPPING), ("new", NON_OVERLAPPING)):
+    for name, classes in TARGETS.items():
         if only not in name:
             continue
         bench = Bench(f"{classes} {overrides}", seed)
@@ -232,13 +233,16 @@ def _rng(seed: int) -> torch.Generator:
 def main() -> None:
     """Run one benchmark and print its table as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("what", choices=("merge", "adapt", "deal"))
+    parser.add_argument("what", choices=NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--only", default="", help="a word in the recipes' names (merge), or all or new"
     )
     parser.add_argument("overrides", nargs="*", help="as for fl-wb, e.g. data=mnist data.root=DIR")
     arguments = parser.parse_args()
+    names = NAMES[arguments.what]
+    if not any(arguments.only in name for name in names):
+        parser.error(f"--only {arguments.only!r} is in none of the names: {'; '.join(names)}")
     torch.set_num_threads(1)
     table: Table = defaultdict(list)
     work = {"merge": merge, "adapt": adaptation, "deal": deal}[arguments.what]
