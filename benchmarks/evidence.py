@@ -60,22 +60,24 @@ class Group:
         """Return the overrides of each run with so many samples a class, in the order to run."""
         sources = range(len(compose(f"experiment={self.experiment}").data.sources))
         transfers = [f"strategy=transfer strategy.source={k}" for k in sources]
-        ours = "strategy=adaptive_coalescence client=default"
+        fedavg, ensemble = "strategy=fedavg", "strategy=ensemble"
+        edge, ours = "strategy=edge_only", "strategy=adaptive_coalescence"
         if self.experiment not in FULL:
-            pairs = [(start, "default") for start in (*transfers, "strategy=ensemble")]
-        elif count != 10:
-            pairs = [(start, "default") for start in transfers]
-            starts = ("strategy=edge_only", "strategy=adaptive_coalescence")
-            pairs += [(start, self.plain) for start in starts]
-            return [f"{start} client={client} {BARE}" for start, client in pairs] + [
-                f"{ours} {BARE}"
-            ]
+            bare = [f"{start} client=default" for start in (*transfers, ensemble)]
+        elif count == 10:
+            starts = (*transfers, fedavg, ensemble, edge)
+            bare = [f"{start} client={c}" for start in starts for c in (self.plain, "default")]
+            bare += ["strategy=paper client=paper", "strategy=paper client=default"]
+            bare += [f"{ours} {CURVE} client={self.plain}"]
         else:
-            starts = (*transfers, "strategy=fedavg", "strategy=ensemble", "strategy=edge_only")
-            pairs = [(start, client) for start in starts for client in (self.plain, "default")]
-            pairs += [("strategy=paper", "paper"), ("strategy=paper", "default")]
-            pairs += [(f"strategy=adaptive_coalescence {CURVE}", self.plain)]
-        return [f"{start} client={client} {BARE}" for start, client in pairs] + [f"{ours} {CURVE}"]
+            bare = [f"{start} client=default" for start in (*transfers, ours)]
+            bare += [f"{start} client={self.plain}" for start in (edge, ours)]
+        rows = [f"{row} {BARE}" for row in bare]
+        if count == 10:
+            rows += [f"{ours} client=default {CURVE}"]
+            if self.experiment in FULL:
+                rows += [f"{ours} client.ternarization.threshold_lr=0"]
+        return rows
 
     def jobs(self) -> list[str]:
         """Return the overrides of all runs. What displaces the kept sources comes last."""
@@ -85,12 +87,10 @@ class Group:
             for row in self.rows(count)
         ]
         if self.experiment in FULL and 10 in self.counts:
-            fixed = "strategy=adaptive_coalescence client.ternarization.threshold_lr=0"
             # as many iterations as two sources together
             iterations = 2 * compose(self.base).client.source.iterations
             full = f"strategy=full_data client.source.iterations={iterations}"
-            full += f" client={self.plain} {BARE}"
-            rows += [f"{row} data.samples_per_class=10" for row in (fixed, full)]
+            rows.append(f"{full} client={self.plain} {BARE} data.samples_per_class=10")
         return [
             f"{self.base} {COMMON} experiment={self.experiment} seed={self.seed} {row}"
             for row in rows
