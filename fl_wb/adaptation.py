@@ -2,11 +2,13 @@
 
 The target's problem min_G W1(G, mu_0) + lambda W1(G, nu) (Dedeoglu et al., arXiv 2101.09225,
 section 5) starts at the barycenter nu. With mu_0 given by a handful of samples, its first term
-alone memorises them, so two things are ours here:
+alone memorises them, so three things are ours here:
 
 - *variation transfer*: the few real samples are widened by the variation that the start
   generator has learned elsewhere (`variation_bank`);
-- the second term is the coupling bound E||g(z) - g_start(z)||^2, which needs no second critic.
+- the second term is the coupling bound E||g(z) - g_start(z)||^2, which needs no second critic;
+- the more samples there are, the more of them are learned as they are, and the less the start
+  counts.
 
 A small generator whose target is new may be *transported* first: its samples are coupled optimally
 with the widened ones, and it is regressed on that coupling (`transport_pairs`).
@@ -40,6 +42,15 @@ METHODS = ("variation", "transport", "plain")
 
 POOL = 8000
 """Samples of the start generator whose differences are transferred."""
+
+ANCHOR = 5.0
+"""Weight of the anchor up to `ANCHORED` samples, where the start fits them."""
+
+ANCHORED = 100
+"""The anchor weighs less with more samples than these, as a prior does beside more data."""
+
+SCARCE = 20
+"""Up to so many samples, all are widened; of n more, a share of 1 - SCARCE / n is learned as is."""
 
 
 @dataclass
@@ -141,17 +152,19 @@ def adapt(
     if settings.method != "plain":
         pool = pool.to(few.device)
         anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
+        # an anchored start makes what a few samples lack
+        unchanged = 0.0 if anchor else max(0.0, 1 - SCARCE / len(few))
         moves = settings.method == "transport" and not anchor
         if moves:
             # a regression keeps what blurs or draws together, where a WGAN makes up for it
-            bank = variation_bank(few, pool, towards=0.0, scale=0.6, seed=seed)
+            bank = variation_bank(few, pool, towards=0.0, scale=0.6, unchanged=unchanged, seed=seed)
             before = settings.transport.iterations
             total = before + training.iterations
             first, then = part_of(callback, 0, total), part_of(callback, before, total)
             pairs = transport_pairs(start, bank, seed=seed, latent_dim=latent_dim)
             distill(student, pairs, settings.transport, seed=seed, callback=first)
         else:
-            bank = variation_bank(few, pool, seed=seed)
+            bank = variation_bank(few, pool, unchanged=unchanged, seed=seed)
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
@@ -169,7 +182,7 @@ def adapt(
 
 
 def choose_anchor(pool: Tensor, samples: Tensor) -> float:
-    """Weight of the anchor: 5 where the start already fits the few samples, else 0.
+    """Weight of the anchor where the start already fits the few samples, else 0.
 
     It fits if ED(pool, samples) is below 3% of the samples' mean pairwise distance (measured: 0
     to 0.8% for a target of the sources' classes, 9 to 16% for one of other classes), or no
@@ -181,7 +194,9 @@ def choose_anchor(pool: Tensor, samples: Tensor) -> float:
     some, rest = pool.tensor_split([min(1000, len(pool) // 2)])  # more would cost seconds
     draws = rest.split(len(samples))[:20]
     chance = max(energy_distance(some, draw).item() for draw in draws)
-    return 5.0 if energy_distance(some, samples).item() <= max(0.03 * spread, chance) else 0.0
+    if energy_distance(some, samples).item() > max(0.03 * spread, chance):
+        return 0.0
+    return ANCHOR * min(1.0, ANCHORED / len(samples))
 
 
 def _energy_to(bank: Tensor) -> Regularizer:

@@ -23,6 +23,7 @@ def variation_bank(
     step: int = 30,
     towards: float = 0.7,
     scale: float = 1.0,
+    unchanged: float = 0.0,
     size: int = 4000,
     seed: int = 0,
 ) -> Tensor:
@@ -45,6 +46,8 @@ def variation_bank(
         Sizes of the three neighbourhoods.
     towards, scale : float
         See above.
+    unchanged : float
+        Share of the bank that is the real samples as they are.
     size : int
         How many widened samples to make.
     seed : int
@@ -69,7 +72,11 @@ def variation_bank(
         torch.cat([_nearest(p, flat, step + 1) for p in flat[y1].split(500)])[:, 1:], rng
     )
     low, high = min(pool.min(), samples.min()), max(pool.max(), samples.max())
-    return (x + scale * pool[y2] - scale * pool[y1]).clamp(low, high)
+    widened = (x + scale * pool[y2] - scale * pool[y1]).clamp(low, high)
+    if unchanged:
+        kept = torch.rand(size, generator=rng, device=rng.device) < unchanged
+        widened[kept] = samples[which[kept]]
+    return widened
 
 
 def transport_pairs(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fl_wb import adaptation
 from fl_wb.adaptation import METHODS, Adaptation, adapt, choose_anchor
 from fl_wb.distillation import Distillation
 from fl_wb.networks import MLPCritic, generate, make_generator
 from fl_wb.transport import energy_distance
+from fl_wb.variation import variation_bank
 from fl_wb.wgan import Training
 from tests.points import Gaussian, critic, same
 
@@ -161,6 +165,14 @@ def test_the_anchor_is_chosen_by_a_relative_distance():
             assert (choose_anchor(scale * pool, scale * samples) > 0) is held
 
 
+def test_an_anchor_weighs_less_beside_more_samples():
+    pool = generate(Gaussian((0.0, 0.0)), 8000)
+    weights = [
+        choose_anchor(pool, generate(Gaussian((0.0, 0.0)), n, seed=1)) for n in (10, 100, 200, 1000)
+    ]
+    assert weights[0] == weights[1] == 2 * weights[2] == pytest.approx(10 * weights[3])
+
+
 def test_an_anchor_holds_the_generator_at_its_start():
     start, samples = Gaussian((0.0, 0.0)), few(mean=3.0)
 
@@ -170,6 +182,28 @@ def test_an_anchor_holds_the_generator_at_its_start():
         return (generate(adapted, 300) - generate(start, 300)).norm(dim=1).mean().item()
 
     assert moved(100.0) < moved(0.0) / 3
+
+
+# many samples
+
+
+@pytest.mark.parametrize("method", ["variation", "transport"])
+def test_the_more_samples_the_more_of_them_are_learned_as_they_are(
+    method: str, monkeypatch: pytest.MonkeyPatch
+):
+    banks = []
+
+    def spied(*arguments: Any, **settings: Any) -> Tensor:
+        banks.append(variation_bank(*arguments, **settings))
+        return banks[-1]
+
+    monkeypatch.setattr(adaptation, "variation_bank", spied)
+    start = Gaussian((0.0, 0.0))
+    for n, mean, share in ((20, 3.0, 0.0), (40, 3.0, 0.5), (200, 3.0, 0.9), (200, 0.0, 0.0)):
+        samples = generate(Gaussian((mean, mean)), n, seed=2)
+        adapt(start, samples, critic=critic, settings=tiny(method))
+        kept = (banks[-1][:, None] == samples).all(2).any(1).float().mean().item()
+        assert abs(kept - share) < 0.03  # the last fits: the anchored start makes what they lack
 
 
 # that it helps

@@ -95,6 +95,15 @@ def test_differences_are_scaled():
     assert set(bank.flatten().tolist()) == {49.5, 50.5}
 
 
+def test_a_share_of_the_bank_may_be_the_samples_as_they_are():
+    samples, pool = few(4), generate(Gaussian((0.0, 0.0)), 500)
+    for share in (0.0, 0.25, 1.0):
+        bank = variation_bank(samples, pool, unchanged=share, size=2000)
+        kept = (bank[:, None] == samples).all(2).any(1).float().mean().item()
+        assert abs(kept - share) < 0.03
+        assert kept == share or 0 < share < 1
+
+
 def test_samples_need_not_be_moved_towards_each_other():
     samples = torch.tensor([[0.0], [10.0]])
     bank = variation_bank(samples, torch.zeros(100, 1), towards=0.0)
