@@ -52,6 +52,9 @@ ANCHORED = 100
 SCARCE = 20
 """Up to so many samples, all are widened; of n more, a share of 1 - SCARCE / n is learned as is."""
 
+MANY = 4000
+"""Of more samples, so many are drawn: all pairs are compared, and the bank holds no more."""
+
 
 @dataclass
 class Adaptation:
@@ -150,6 +153,9 @@ def adapt(
     student = copy_of(start).requires_grad_(True).train(settings.fresh)
     then = callback
     if settings.method != "plain":
+        if len(few) > MANY:
+            order = torch.randperm(len(few), generator=torch.Generator().manual_seed(seed))
+            few = few[order[:MANY].to(few.device)]
         pool = pool.to(few.device)
         anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
         # an anchored start makes what a few samples lack

@@ -206,6 +206,18 @@ def test_the_more_samples_the_more_of_them_are_learned_as_they_are(
         assert abs(kept - share) < 0.03  # the last fits: the anchored start makes what they lack
 
 
+def test_very_many_samples_are_all_drawn_from(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adaptation, "MANY", 100)  # or all pairs of them would fill the memory
+    sorted_samples = torch.cat([few(200, mean=4.0), few(200, mean=-4.0)])
+    start = Gaussian((0.0, 0.0))
+    settings = Training(iterations=150, batch_size=64, warmup=20, generator_lr=2e-3)
+
+    adapted = adapt(start, sorted_samples, critic=critic, settings=Adaptation(training=settings))
+
+    # the first hundred alone have a mean of 4
+    assert generate(adapted, 500).mean(0).norm() < 1.5
+
+
 # that it helps
 
 
