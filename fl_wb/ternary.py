@@ -24,6 +24,7 @@ from fl_wb.isolation import copy_of, own_random_numbers
 from fl_wb.networks import MLPCritic, device_of, generate, latent_dim_of
 from fl_wb.numpy_reader import PackedFileError
 from fl_wb.packing import load, pack, save, unpack
+from fl_wb.rotation import turned
 from fl_wb.wgan import Progress, Training, distance_to, part_of, push_forward, train_wgan
 
 __all__ = [
@@ -148,7 +149,8 @@ def ternarize(
     """Return a copy whose every linear and convolution weight takes three values.
 
     Weights and thresholds are trained together to generate, latent by latent, what the
-    full-precision generator generates. No data is needed.
+    full-precision generator generates. No data is needed. The latent is turned first where a
+    linear layer takes it (see `fl_wb.rotation`): the measure stays, but not what a latent becomes.
 
     Parameters
     ----------
@@ -183,6 +185,8 @@ def ternarize(
     if iterations is not None:
         settings = replace(settings, iterations=iterations)
     teacher = copy_of(generator).to(device or device_of(generator)).eval().requires_grad_(False)
+    dim = latent_dim_of(teacher, latent_dim)
+    teacher = turned(teacher, lambda weight: Ternary(weight)(weight), dim, seed=seed)
     total = settings.iterations + settings.training.iterations
     first, then = (part_of(callback, before, total) for before in (0, settings.iterations))
     ternary = _distilled(teacher, settings, latent_dim, seed, first)

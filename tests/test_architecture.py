@@ -20,6 +20,7 @@ MATHEMATICS = (
         "datasets",
         "mixture",
         "variation",
+        "rotation",
         "packing",
         "screening",
         "numpy_reader",

