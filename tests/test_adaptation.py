@@ -165,6 +165,16 @@ def test_the_anchor_is_chosen_by_a_relative_distance():
             assert (choose_anchor(scale * pool, scale * samples) > 0) is held
 
 
+def test_a_rare_draw_of_the_start_s_does_not_make_others_fit():
+    pool = generate(Gaussian((0.0, 0.0)), 8000, seed=2)
+    # two clusters: at times six draws are of one alone, which is farther than these samples are
+    pool[torch.rand(8000, generator=torch.Generator().manual_seed(2)) < 0.5] += 100.0
+    samples = few(6)
+    samples[::2] += 100.0
+    assert choose_anchor(pool, samples) > 0
+    assert choose_anchor(pool, samples + torch.tensor([35.0, -35.0])) == 0
+
+
 def test_an_anchor_weighs_less_beside_more_samples():
     pool = generate(Gaussian((0.0, 0.0)), 8000)
     weights = [
