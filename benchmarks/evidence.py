@@ -17,6 +17,8 @@ import logging
 import multiprocessing
 import re
 import shutil
+import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +157,8 @@ def main() -> None:
         for seed in arguments.seeds
     ]
     began = time.perf_counter()
+    # without this, a parent that is told to stop leaves its workers running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     # Fresh processes: torch's threads do not survive a fork.
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         for done in pool.imap_unordered(Group.run, groups):
