@@ -42,9 +42,9 @@ OVERLAPPING = "data.sources=[[0,1,2,3,4],[5,6,7,8,9]] data.targets=[[0,1,2,3,4,5
 NON_OVERLAPPING = "data.sources=[[0,1,2,3],[4,5,6,7]] data.targets=[[8,9]]"
 TARGETS = {"all": OVERLAPPING, "new": NON_OVERLAPPING}
 MERGES = [(geodesic, start) for geodesic in GEODESICS for start in STARTS]
-PAPER, START = "the paper's recipe", "distilled start alone"
 NAMES = {
-    "merge": [*(f"{geodesic}, {start} start" for geodesic, start in MERGES), PAPER, START],
+    "merge": [f"{geodesic}, {start} start" for geodesic, start in MERGES]
+    + ["the paper's recipe", "distilled start alone"],
     "adapt": list(TARGETS),
     "deal": list(TARGETS),
 }

@@ -29,7 +29,7 @@ def turned(
     ----------
     generator : nn.Module
         In eval mode. Returned as it is unless its first linear layer is the only one that sees z,
-        and gains by it.
+        is finite, and gains by it.
     project : callable
         Maps a weight to the nearest that is wanted, e.g. one of three values.
     latent_dim : int
@@ -39,7 +39,7 @@ def turned(
     """
     copy = copy_of(generator)
     first = next((layer for layer in copy.modules() if isinstance(layer, nn.Linear)), None)
-    if first is None or first.in_features != latent_dim:
+    if first is None or first.in_features != latent_dim or not first.weight.isfinite().all():
         return generator
     rng = torch.Generator(device_of(generator)).manual_seed(seed)
     with torch.no_grad():

@@ -98,11 +98,17 @@ def even() -> nn.Module:
     return generator
 
 
+def diverged() -> nn.Module:
+    generator = nn.Linear(4, 3)
+    generator.weight.data[0, 0] = torch.inf
+    return generator
+
+
 def convolution_first() -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (4, 1, 1)), nn.ConvTranspose2d(4, 1, 4))
 
 
-@pytest.mark.parametrize("make", [Skip, Tied, even, convolution_first])
+@pytest.mark.parametrize("make", [Skip, Tied, even, diverged, convolution_first])
 def test_what_cannot_be_turned_is_left_as_it_is(make: Callable[[], nn.Module]):
     torch.manual_seed(0)
     generator = make().eval()
