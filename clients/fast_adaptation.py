@@ -197,7 +197,6 @@ class FastAdaptation:
         """Return its ternary form."""
         return ternarize(
             adapted,
-            critic=self.critic,
             settings=self.ternarization,
             seed=self.seed,
             latent_dim=self.latent_dim,

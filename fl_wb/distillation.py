@@ -23,9 +23,6 @@ from fl_wb.wgan import Progress
 Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """Draws n latents (n, latent_dim), and the sample (n, ...) that each should become."""
 
-ENERGY = 1.25
-"""Weight of the energy distance beside the distance latent by latent."""
-
 
 def pairs_of(teacher: Callable[[Tensor], Tensor], latent_dim: int) -> Pairs:
     """Pairs of a known map of the latent: z ~ N(0, I) and teacher(z), without a graph."""
@@ -63,6 +60,7 @@ def distill(
     pairs: Pairs,
     settings: Distillation,
     *,
+    energy: float = 1.25,
     seed: int = 0,
     groups: Sequence[dict[str, object]] | None = None,
     callback: Progress | None = None,
@@ -70,7 +68,7 @@ def distill(
 ) -> None:
     """Train `student`, in place, to make of each latent z the sample x that it is paired with.
 
-    The loss is E||student(z) - x||_1 / sqrt(d) + ENERGY * ED(student(z), x), for samples of d
+    The loss is E||student(z) - x||_1 / sqrt(d) + energy * ED(student(z), x), for samples of d
     values. Sharing z is a coupling, so the first term bounds a multiple of W1 between the two
     measures from above; it alone would shrink the samples of a student that cannot follow
     everywhere towards their median, which the second, a distance of the measures, sees.
@@ -82,6 +80,8 @@ def distill(
     pairs : callable
         `pairs_of` a teacher, say.
     settings : Distillation
+    energy : float
+        Weight of the energy distance in the loss.
     groups : optional
         Adam's parameter groups. Each may have its own ``lr``, and say at which share of the
         iterations it has decayed to zero (``until``, 1 by default).
@@ -102,7 +102,7 @@ def distill(
         with own_random_numbers(seed + state.iteration):
             samples = student(z)
         distance = (samples - target).abs().mean() * math.sqrt(target[0].numel())
-        loss = distance + ENERGY * energy_distance(samples, target)
+        loss = distance + energy * energy_distance(samples, target)
         adam.zero_grad()
         loss.backward()
         adam.step()

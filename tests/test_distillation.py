@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb import store
-from fl_wb.distillation import ENERGY, Distillation, distill, pairs_of
+from fl_wb.distillation import Distillation, distill, pairs_of
 from fl_wb.networks import generate, make_generator
 from fl_wb.store import StageStore
 from tests.points import Gaussian, Killed, kill_at, same
@@ -53,9 +53,10 @@ def test_the_loss_of_two_points():
         student,
         pairs_of(lambda z: torch.tensor([[3.0, 4.0]]).expand(len(z), 2), 4),
         Distillation(iterations=1),
+        energy=3.0,
         callback=lambda done, total, loss: losses.append(loss["distillation"]),
     )
-    assert losses == [pytest.approx(7 / math.sqrt(2) + ENERGY * 2 * 5)]
+    assert losses == [pytest.approx(7 / math.sqrt(2) + 3 * 2 * 5)]
 
 
 def test_two_modes_are_both_reached_where_the_map_cannot_be_followed():

@@ -15,10 +15,9 @@ from fl_wb import numpy_reader, ternary
 from fl_wb.networks import make_generator
 from fl_wb.numpy_reader import PackedFileError, PackedGenerator
 from fl_wb.ternary import Ternarization
-from fl_wb.wgan import Training
 
 # What is packed needs only to be ternary here, not good.
-QUICK = Ternarization(iterations=1, training=Training(iterations=1))
+QUICK = Ternarization(iterations=1)
 SHIPPED = [("mlp", (1, 8, 8)), ("conv", (3, 28, 32)), ("dcgan", (1, 32, 24))]
 
 

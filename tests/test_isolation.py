@@ -109,7 +109,7 @@ def test_dropout_follows_the_seed_in_ternarization() -> None:
     found = []
     for seed in (2, 3):
         torch.manual_seed(seed)
-        found.append(ternarize(made(0, Wrapped), critic=critic, settings=TERNARIZATION))
+        found.append(ternarize(made(0, Wrapped), settings=TERNARIZATION))
     assert same(*found)
 
 

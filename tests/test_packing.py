@@ -20,11 +20,10 @@ from fl_wb.networks import generate, make_generator
 from fl_wb.numpy_reader import parse
 from fl_wb.packing import PackedFileError, load, pack, save, unpack
 from fl_wb.ternary import Ternarization, ternarize
-from fl_wb.wgan import Training
 from tests.points import same
 
 SHA = 32
-QUICK = Ternarization(iterations=3, training=Training(iterations=0))
+QUICK = Ternarization(iterations=3)
 
 
 def network(width: int = 8, name: str = "mlp") -> nn.Module:

@@ -31,8 +31,6 @@ TINY = [
     "client.adaptation.training.warmup=2",
     "client.adaptation.transport.iterations=4",
     "client.ternarization.iterations=4",
-    "client.ternarization.training.iterations=2",
-    "client.ternarization.training.warmup=2",
     "data.samples_per_class=3",
 ]
 STEPS = ("few", "barycenter", "adapted", "ternary")

@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from fl_wb.networks import MLPCritic, generate, make_generator
+from fl_wb.networks import generate, make_generator
 from fl_wb.ternary import (
     Ternarization,
     Ternary,
@@ -23,7 +23,6 @@ from fl_wb.ternary import (
     unpack,
 )
 from fl_wb.transport import energy_distance
-from fl_wb.wgan import Training
 from tests.points import same
 
 
@@ -39,10 +38,9 @@ def trained(name: str = "mlp", width: int = 16) -> nn.Module:
     return generator.eval()
 
 
-def quick(iterations: int = 3, *, polish: int = 0, **fields: float) -> Ternarization:
-    """Make settings of few iterations, without the polishing WGAN unless asked for."""
-    training = Training(iterations=polish, batch_size=16, warmup=2, generator_lr=1e-3)
-    return Ternarization(iterations, training=training, **fields)
+def quick(iterations: int = 3, **fields: float) -> Ternarization:
+    """Make settings of few iterations."""
+    return Ternarization(iterations, **fields)
 
 
 class Layers(nn.Module):
@@ -187,40 +185,33 @@ def test_what_is_not_a_layer_s_weight_stays_in_full_precision():
 
 
 def test_the_argument_is_left_alone_and_the_seed_decides():
-    # with a critic of its own, which is all that draws from torch's random state
     generator = trained().train().requires_grad_(False)
     torch.manual_seed(3)
     rng = torch.get_rng_state()
 
-    one = ternarize(generator, settings=quick(polish=2), seed=1)
+    one = ternarize(generator, settings=quick(), seed=1)
 
     assert torch.get_rng_state().equal(rng)
     assert generator.training and not any(p.requires_grad for p in generator.parameters())
     assert same(generator, trained())
     torch.manual_seed(9)
-    assert same(one, ternarize(generator, settings=quick(polish=2), seed=1))
-    assert not same(one, ternarize(generator, settings=quick(polish=2), seed=2))
+    assert same(one, ternarize(generator, settings=quick(), seed=1))
+    assert not same(one, ternarize(generator, settings=quick(), seed=2))
 
 
-def test_iterations_critic_and_latent_dimension_are_the_caller_s():
-    done, made = [], []
-    settings = quick(50, polish=2)
-
-    def factory() -> nn.Module:
-        made.append(MLPCritic((2,), width=4))
-        return made[-1]
+def test_iterations_and_latent_dimension_are_the_caller_s():
+    done: list[tuple[int, int]] = []
+    settings = quick(50)
 
     ternarize(
         nn.Sequential(nn.Linear(3, 2)),
-        critic=factory,
         iterations=3,
         settings=settings,
         latent_dim=3,
-        callback=lambda i, total, losses: done.append("distillation" in losses),
+        callback=lambda i, total, losses: done.append((i, total)),
     )
 
-    assert done == [True] * 3 + [False] * 2 and settings.iterations == 50
-    assert len(made) == 1
+    assert done == [(1, 3), (2, 3), (3, 3)] and settings.iterations == 50
 
 
 def test_statistics_are_folded_into_scale_and_shift():
@@ -298,17 +289,3 @@ def test_training_beats_rounding():
 
     assert apart(learned) < apart(rounded) / 10
     assert distance(learned) < 0.8 * distance(rounded)
-
-
-def test_polishing_trains_what_stays_in_full_precision_and_that_alone():
-    distilled, polished = (ternarize(trained(), settings=quick(5, polish=n)) for n in (0, 5))
-    kept = {f"{name}.weight" for name, _ in ternarizable(distilled)}
-    for name, before in distilled.named_parameters():
-        assert before.equal(polished.get_parameter(name)) is (name in kept), name
-
-
-def test_a_polish_of_nothing_is_none():
-    torch.manual_seed(0)
-    generator = nn.Sequential(nn.Linear(3, 2, bias=False))
-    one, other = (ternarize(generator, settings=quick(5, polish=n), latent_dim=3) for n in (0, 5))
-    assert same(one, other)

@@ -21,11 +21,7 @@ STAGE = Stage(
 )
 TRAINING = Training(iterations=2, batch_size=8, critic_steps=1)
 ADAPTATION = Adaptation(training=Training(iterations=2, batch_size=8, critic_steps=1, warmup=1))
-TERNARIZATION = Ternarization(
-    iterations=2,
-    batch_size=8,
-    training=Training(iterations=2, batch_size=8, critic_steps=1, warmup=1),
-)
+TERNARIZATION = Ternarization(iterations=2, batch_size=8)
 
 
 def generator() -> nn.Module:
