@@ -255,7 +255,7 @@ def _superlink(home: Path, environment: dict[str, str], log: Path) -> Iterator[N
                 yield
                 return
         finally:
-            _end(process)
+            _end(process, home)
     raise RunFailed(f"the SuperLink did not start; see {log}")
 
 
@@ -276,19 +276,35 @@ def _healthy(process: subprocess.Popen[bytes], port: int) -> bool:
     return False
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], home: Path) -> None:
     """End a SuperLink and all that it started (its own shutdown leaves a running run behind)."""
-    with suppress(psutil.NoSuchProcess):
-        superlink = psutil.Process(process.pid)
-        family = [*superlink.children(recursive=True), superlink]
+    told: set[psutil.Process] = set()
+    patient_until = time.monotonic() + SHUTDOWN_SECONDS
+    while family := _family(home):
         for member in family:
             with suppress(psutil.NoSuchProcess):
-                member.terminate()
-        _, alive = psutil.wait_procs(family, timeout=SHUTDOWN_SECONDS)
-        for member in alive:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
+                if time.monotonic() > patient_until:
+                    member.kill()
+                elif member not in told:  # Flower takes a second SIGTERM for impatience
+                    member.terminate()
+        told.update(family)
+        psutil.wait_procs(family, timeout=0.5)
+    process.kill()  # for a system that shows no process's environment
     process.wait()
+
+
+def _family(home: Path) -> list[psutil.Process]:
+    """Return the processes of a Flower home.
+
+    Not the SuperLink's children: Ray starts workers while it is told to end, and an orphan of
+    those is nobody's child.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # ended meanwhile, or another user's
+            if process.environ().get("FLWR_HOME") == str(home):
+                found.append(process)
+    return found
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from fl_wb import cli
+from fl_wb import cli, launcher
 from fl_wb.config import ConfigError, compose, from_run_config
 from fl_wb.launcher import RunFailed, launch, submit
 from fl_wb.readers import DataError
@@ -44,6 +45,19 @@ def main(grid, context):
     if "seed=1" in context.run_config["overrides"]:
         sleep(120)
     raise RuntimeError("told to \\"fail\\"")
+"""
+# As Ray does when it is told to end.
+LATE_WORKER = """
+import os, signal, subprocess, sys, time
+
+def end(number, frame):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    open(os.path.join(os.environ["FLWR_HOME"], "late"), "w").close()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
 """
 APP_TOML = """
 [project]
@@ -249,6 +263,21 @@ def test_an_interrupted_run_leaves_nothing_running(
         real_command("seed=1", "hydra.run.dir=out")
 
     assert exit_.value.code == 128 + signal.SIGTERM
+    assert not _children(tmp_path)
+
+
+def test_what_starts_while_it_all_ends_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setenv("FL_WB_TEST", str(tmp_path))
+    superlink = subprocess.Popen([sys.executable, "-c", LATE_WORKER], stdout=subprocess.PIPE)
+    assert superlink.stdout is not None
+    assert superlink.stdout.readline() == b"ready\n"
+
+    launcher._end(superlink, tmp_path)
+
+    assert (tmp_path / "late").exists()
     assert not _children(tmp_path)
 
 
