@@ -24,12 +24,21 @@ Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """Draws n latents (n, latent_dim), and the sample (n, ...) that each should become."""
 
 
-def pairs_of(teacher: Callable[[Tensor], Tensor], latent_dim: int) -> Pairs:
-    """Pairs of a known map of the latent: z ~ N(0, I) and teacher(z), without a graph."""
+def pairs_of(
+    teacher: Callable[[Tensor], Tensor],
+    latent_dim: int,
+    move: Callable[[Tensor], Tensor] | None = None,
+) -> Pairs:
+    """Pairs of a known map of the latent: z ~ N(0, I) and teacher(z), without a graph.
+
+    With ``move``, of the latents move(z): a student of enough capacity learns the same map from
+    them, one of less follows it best where they are many.
+    """
 
     @torch.no_grad()
     def draw(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         z = torch.randn(n, latent_dim, generator=rng, device=rng.device)
+        z = move(z) if move else z
         return z, teacher(z)
 
     return draw

@@ -40,19 +40,61 @@ def mix(maps: Sequence[Map], shares: Sequence[float], z: Tensor) -> Tensor:
     Tensor
         Samples (n, ...).
     """
-    starts = [0.0, *accumulate(shares)][:-1]
-    # float64: a float's Phi has too few digits for the inverse in the tails
-    u = torch.special.ndtr(z[:, 0].double())
-    part = torch.bucketize(u, u.new_tensor(starts[1:]), right=True)
-    inner = (u - u.new_tensor(starts)[part]) / u.new_tensor(shares)[part]
-    z = z.clone()
-    # Phi rounds to 0 or 1 in the far tails, where its inverse is infinite
-    z[:, 0] = torch.special.ndtri(inner.clamp(1e-9, 1 - 1e-9)).to(z.dtype)
+    part, inner = _place(z, shares)
+    z = _placed(z, inner)
     where = [(part == k).nonzero().squeeze(1) for k in range(len(maps))]
     # few networks expect an empty batch, which a small share soon brings
     made = [made_of(z[rows]) for made_of, rows in zip(maps, where, strict=True) if len(rows)]
     unordered = torch.cat(made)
     return torch.empty_like(unordered).index_copy(0, torch.cat(where), unordered)
+
+
+def favor_small_parts(z: Tensor, shares: Sequence[float]) -> Tensor:
+    """Move latents z ~ N(0, I) so that part k of the mixture gets more of them if it is small.
+
+    Parts get latents in proportion to sqrt(lambda_k); within a part they are distributed as
+    before. If what is learned of a part has an error as 1 / latents, these proportions make the
+    mixture's error, sum_k lambda_k / latents_k, the least.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents (n, latent_dim); left alone.
+    shares : sequence of float
+        lambda_k > 0 of sum 1, as for `mix`.
+
+    Returns
+    -------
+    Tensor
+        Latents (n, latent_dim); z itself where all shares are equal.
+    """
+    if len(set(shares)) == 1:
+        return z
+    roots = [math.sqrt(share) for share in shares]
+    part, inner = _place(z, [root / sum(roots) for root in roots])
+    return _placed(
+        z, inner.new_tensor(_starts(shares))[part] + inner * inner.new_tensor(shares)[part]
+    )
+
+
+def _starts(shares: Sequence[float]) -> list[float]:
+    return [0.0, *accumulate(shares)][:-1]
+
+
+def _place(z: Tensor, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return which part (n,) each latent lies in, and how far into it (n,), from 0 to 1."""
+    # float64: a float's Phi has too few digits for the inverse in the tails
+    u = torch.special.ndtr(z[:, 0].double())
+    starts = u.new_tensor(_starts(shares))
+    part = torch.bucketize(u, starts[1:], right=True)
+    return part, (u - starts[part]) / u.new_tensor(shares)[part]
+
+
+def _placed(z: Tensor, u: Tensor) -> Tensor:
+    """Return the latents with Phi(z_0) = u (n,)."""
+    # Phi rounds to 0 or 1 in the far tails, where its inverse is infinite
+    first = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9)).to(z.dtype)
+    return torch.cat([first.unsqueeze(1), z[:, 1:]], dim=1)
 
 
 class Mixture(nn.Module):

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import nn
 
-from fl_wb.distillation import Distillation, distill, pairs_of
+from fl_wb.distillation import Distillation, Pairs, distill, pairs_of
 from fl_wb.isolation import copy_of
-from fl_wb.mixture import Map, mix
+from fl_wb.mixture import Map, favor_small_parts, mix
 from fl_wb.storage import digest
 from fl_wb.store import StageStore
 from fl_wb.transport import displacement
@@ -146,7 +146,7 @@ class Merge:
         if self.settings.start == "distilled":
             distill(
                 merged,
-                pairs_of(teacher, self.dim),
+                self._pairs(teacher, t),
                 self.settings.distillation,
                 seed=seed,
                 callback=callback,
@@ -181,6 +181,11 @@ class Merge:
         if self.settings.geodesic == "displacement":
             return lambda z: displacement(previous(z), new(z), t)
         return mixture_map(previous, new, t)
+
+    def _pairs(self, teacher: Map, t: float) -> Pairs:
+        if self.settings.geodesic == "displacement":  # no parts: every sample is of both measures
+            return pairs_of(teacher, self.dim)
+        return pairs_of(teacher, self.dim, lambda z: favor_small_parts(z, [1 - t, t]))
 
     def _reals(self, previous: nn.Module, new: nn.Module, t: float, seed: int) -> list[Sampler]:
         maps: list[Map] = [self._teacher(previous, new, t)]

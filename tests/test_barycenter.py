@@ -21,7 +21,8 @@ from fl_wb.barycenter import (
     recursive_barycenter,
 )
 from fl_wb.distillation import Distillation
-from fl_wb.mixture import Mixture
+from fl_wb.metrics import energy_distance
+from fl_wb.mixture import Mixture, favor_small_parts, mix
 from fl_wb.networks import generate
 from fl_wb.transport import displacement, wasserstein1
 from fl_wb.wgan import Training
@@ -97,6 +98,16 @@ def test_the_papers_start_moves_from_the_previous_generator_towards_the_new_one(
     # at t = 0.1 and 0.9 of the way from -2 to 2
     assert here.item() == pytest.approx(-1.6, abs=0.4)
     assert there.item() == pytest.approx(1.6, abs=0.4)
+
+
+def test_a_small_part_keeps_its_shape():
+    nu = merged([LEFT, RIGHT], [0.95, 0.05])
+
+    samples = generate(nu, 8000, seed=1)
+    small = samples[samples[:, 0] > 0]
+    assert len(small) / len(samples) == pytest.approx(0.05, abs=0.02)
+    # 0.27 if it gets one latent of twenty in training
+    assert energy_distance(small, generate(Gaussian(RIGHT), 2000, seed=4)) < 0.12
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])
@@ -330,6 +341,24 @@ def test_extreme_latents_make_finite_samples(t: float):
     there = mixture_map(identity, identity, t)(z)
     assert torch.isfinite(there).all() and there.abs().max() < 10
     assert z[0, 0] == -40  # the argument is left alone
+
+
+def test_small_parts_are_favored_by_the_roots_of_their_shares():
+    z, weights = latents(), (0.04, 0.64, 0.32)
+    moved = favor_small_parts(z, weights)
+    part = torch.bucketize(torch.special.ndtr(moved[:, 0]), torch.tensor([0.04, 0.68]))
+    roots = torch.tensor(weights).sqrt()
+    torch.testing.assert_close(part.bincount() / len(z), roots / roots.sum(), atol=1e-3, rtol=0)
+    assert moved[:, 1:].equal(z[:, 1:])
+    # each part's own generator gets the latents that it always gets
+    for k in range(3):
+        there = mix([identity] * 3, weights, moved[part == k])
+        assert off_normal(there[:, 0]) < 2e-3
+
+
+def test_parts_of_one_size_are_left_alone():
+    z = latents(10)
+    assert favor_small_parts(z, [0.5, 0.5]) is z
 
 
 # optimality_gap
