@@ -31,7 +31,7 @@ from fl_wb import datasets
 from fl_wb.adaptation import adapt
 from fl_wb.barycenter import GEODESICS, STARTS, mixture_map, recursive_barycenter
 from fl_wb.config import Config, compose
-from fl_wb.metrics import compare, train_features
+from fl_wb.metrics import Reference, train_features
 from fl_wb.networks import generate, make_critic, make_generator
 from fl_wb.ternary import pack, ternarize
 from fl_wb.transport import energy_distance
@@ -61,6 +61,7 @@ class Bench:
         self.held_out = datasets.held_out(data, data.targets[0]).images
         self.few = datasets.target_samples(data, 0).images
         self.features = train_features(self.everything.images, self.everything.labels)
+        self.reference = Reference(self.held_out, few=self.few, features=self.features)
         shape = tuple(held_out.images.shape[1:])
         self.make_generator = lambda: make_generator(
             network.generator, shape, latent_dim=network.latent_dim, width=network.width
@@ -88,10 +89,7 @@ class Bench:
     def row(self, draw: Callable[[int, int], Tensor]) -> dict[str, float]:
         """Metrics of samples that draw(n, seed) makes, averaged over draws."""
         size = len(self.held_out)
-        rows = [
-            compare(draw(size, s), self.held_out, few=self.few, features=self.features)
-            for s in range(DRAWS)
-        ]
+        rows = [self.reference.compare(draw(size, s)) for s in range(DRAWS)]
         return {key: statistics.fmean(row[key] for row in rows) for key in COLUMNS}
 
     def of(self, generator: nn.Module) -> dict[str, float]:

@@ -20,11 +20,11 @@ from flwr.app import (
 )
 from torch import Tensor, nn
 
-from fl_wb import metrics, records, ternary
+from fl_wb import records, ternary
 from fl_wb.adaptation import POOL, Adaptation
 from fl_wb.checkpoint import Snapshots
 from fl_wb.clients.fast_adaptation import FastAdaptation
-from fl_wb.metrics import Evaluation
+from fl_wb.metrics import Evaluation, Reference
 from fl_wb.networks import generate
 from fl_wb.variation import variation_bank
 from fl_wb.wgan import resample
@@ -79,7 +79,8 @@ def target_evaluate(
         networks["ternary"] = adaptation.ternarized(networks["adapted"])
         figures["ternarize-seconds"] = perf_counter() - began
         info[records.TERNARY] = ternary.pack(networks["ternary"])
-    judge = _Judge(settings, few.cpu(), held_out, features, adaptation)
+    reference = Reference(held_out, few=few.cpu(), features=features)
+    judge = _Judge(settings, reference, len(held_out), adaptation)
     steps = {"few": judge.of_real(few.cpu())}
     if settings.bank:
         pool = generate(start, POOL, seed=adaptation.seed, latent_dim=adaptation.latent_dim)
@@ -88,7 +89,7 @@ def target_evaluate(
     for step, values in steps.items():
         figures |= {f"{step}/{name}": value for name, value in values.items()}
     if settings.snapshots:
-        info.update(_curve(snapshots, start, judge))
+        info.update(_curve(snapshots, start, steps["barycenter"], judge))
     pictures: dict[str, Tensor] = {"few": few[:PICTURES].cpu()}
     for step, network in networks.items():
         pictures[step] = generate(network, PICTURES, latent_dim=adaptation.latent_dim)
@@ -106,9 +107,8 @@ class _Judge:
     """What the steps of one target have in common when they are evaluated."""
 
     settings: Evaluation
-    few: Tensor
-    held_out: Tensor
-    features: Callable[[Tensor], Tensor] | None
+    reference: Reference
+    held_out: int
     adaptation: FastAdaptation
 
     def of(self, network: nn.Module) -> dict[str, float]:
@@ -123,14 +123,9 @@ class _Judge:
         return self._mean(lambda n, seed: draw(n, torch.Generator().manual_seed(seed)))
 
     def _mean(self, draw: Callable[[int, int], Tensor]) -> dict[str, float]:
-        n = self.settings.samples or len(self.held_out)
+        n = self.settings.samples or self.held_out
         found = [
-            metrics.compare(
-                draw(n, self.adaptation.seed + k),
-                self.held_out,
-                few=self.few,
-                features=self.features,
-            )
+            self.reference.compare(draw(n, self.adaptation.seed + k))
             for k in range(self.settings.draws)
         ]
         return {name: fmean(figures[name] for figures in found) for name in found[0]}
@@ -152,11 +147,11 @@ def _iterations(adaptation: FastAdaptation) -> int:
 
 
 def _curve(
-    snapshots: Snapshots, start: nn.Module, judge: _Judge
+    snapshots: Snapshots, start: nn.Module, at_start: dict[str, float], judge: _Judge
 ) -> dict[str, list[int] | list[float]]:
     """Return the figures during the adaptation, as columns ``curve/<name>``."""
     columns: dict[str, list[Any]] = {"curve/iterations": [0], "curve/seconds": [0.0]}
-    for name, value in judge.of(start).items():
+    for name, value in at_start.items():
         columns[f"curve/{name}"] = [value]
     for iteration, seconds, state in snapshots.taken:
         network = deepcopy(start)

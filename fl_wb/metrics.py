@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fl_wb.features import Features, inception_features, train_features
 from fl_wb.networks import generate
+from fl_wb.sample_sets import Samples, SampleSet, as_set, kid_kernel, over_pairs, rows_of
 from fl_wb.transport import wasserstein1
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "LOWER_IS_BETTER",
     "Evaluation",
     "Features",
+    "Reference",
     "compare",
     "coverage",
     "density",
@@ -43,9 +45,7 @@ __all__ = [
 LOWER_IS_BETTER = ("w1", "frechet", "kid", "energy")
 HIGHER_IS_BETTER = ("density", "coverage", "memorization")
 
-NEIGHBOURS = 5  # Naeem et al. chose it; it must not differ between results that are compared
 DRAWS = 20  # held-out sets that the memorization ratio is averaged over
-ENTRIES = 1 << 22  # of a distance matrix held at a time: 32 MiB
 
 
 @dataclass
@@ -133,49 +133,83 @@ def compare(
     ValueError
         If a set is empty, shapes differ or values are not finite.
     """
-    for name, tensor in (("generated", generated), ("real", samples), ("few", few)):
-        if tensor is None:
-            continue
-        if len(tensor) == 0 or tensor.shape[1:] != samples.shape[1:]:
+    return Reference(samples, few=few, features=features).compare(generated)
+
+
+class Reference:
+    """Held-out real samples (m, ...) that several sets are compared with.
+
+    What a comparison needs of the real samples alone, a third of its time, is computed once. The
+    arguments are those of `evaluate`.
+
+    Raises
+    ------
+    ValueError
+        As `compare`.
+    """
+
+    def __init__(
+        self,
+        samples: Tensor,
+        *,
+        few: Tensor | None = None,
+        features: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._shape, self._few, self._map = samples.shape, few, features
+        self._check("real", samples)
+        if few is not None:
+            self._check("few", few)
+        self._real = SampleSet(samples)
+        self._features = self._features_of(samples, self._real)
+
+    def compare(self, generated: Tensor) -> dict[str, float]:
+        """Compare generated samples (n, ...) with the real ones; see `compare`."""
+        self._check("generated", generated)
+        x, y = SampleSet(generated), self._real
+        fx, fy = self._features_of(generated, x), self._features
+        return {
+            "w1": wasserstein1(x.rows, y.rows),
+            "frechet": frechet_distance(fx, fy),
+            "kid": kernel_distance(fx, fy),
+            "energy": energy_distance(x, y),
+            "density": density(fx, fy),
+            "coverage": coverage(fx, fy),
+            "memorization": math.nan if self._few is None else memorization(x, self._few, y),
+        }
+
+    def _features_of(self, samples: Tensor, flattened: SampleSet) -> SampleSet:
+        return flattened if self._map is None else SampleSet(self._map(samples))
+
+    def _check(self, name: str, samples: Tensor) -> None:
+        if len(samples) == 0 or samples.shape[1:] != self._shape[1:]:
             raise ValueError(
-                f"the {name} samples have shape {tuple(tensor.shape)}, the real ones "
-                f"{tuple(samples.shape)}: all must be of one shape, and none empty"
+                f"the {name} samples have shape {tuple(samples.shape)}, the real ones "
+                f"{tuple(self._shape)}: all must be of one shape, and none empty"
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(samples).all()):
             raise ValueError(f"the {name} samples are not finite")
-    x, y = _rows(generated), _rows(samples)
-    fx, fy = (x, y) if features is None else (_rows(features(generated)), _rows(features(samples)))
-    return {
-        "w1": wasserstein1(x, y),
-        "frechet": frechet_distance(fx, fy),
-        "kid": kernel_distance(fx, fy),
-        "energy": energy_distance(x, y),
-        "density": density(fx, fy),
-        "coverage": coverage(fx, fy),
-        "memorization": math.nan if few is None else memorization(x, few, y),
-    }
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
+def energy_distance(x: Samples, y: Samples) -> float:
     """Return the energy distance 2 E|x-y| - E|x-x'| - E|y-y'| of two sample sets.
 
     The means over pairs leave out a sample's distance to itself, so the estimate is unbiased, and
     may be a little below zero for samples of one distribution. nan if a set has fewer than two
     samples. Reference: Szekely and Rizzo, 2013.
     """
-    x, y = _rows(x), _rows(y)
-    cross = _map(x, y, lambda d: d.sum(1)).sum() / (len(x) * len(y))
-    return float(2 * cross - _mean_of_pairs(x, _distances) - _mean_of_pairs(y, _distances))
+    x, y = as_set(x), as_set(y)
+    cross = over_pairs(x.rows, y.rows, lambda d: d.mean(1)).mean()
+    return float(2 * cross - x.distance - y.distance)
 
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
+def frechet_distance(x: Samples, y: Samples) -> float:
     """Return the Frechet distance of the normal distributions fitted to features (n, d).
 
     |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), with means m and unbiased covariances C. Also
     right where covariances are singular, as with fewer samples than features. One sample has
     covariance zero. Reference: Heusel et al., 2017.
     """
-    (mean_x, root_x), (mean_y, root_y) = _moments(_rows(x)), _moments(_rows(y))
+    (mean_x, root_x), (mean_y, root_y) = as_set(x).moments, as_set(y).moments
     # With C = R'R for both, the trace of (C_x C_y)^(1/2) is the sum of the singular values of R_x
     # R_y': no matrix root.
     cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
@@ -185,100 +219,57 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     return max(float(value), 0.0)  # equal sets may come out at -1e-15
 
 
-def kernel_distance(x: Tensor, y: Tensor) -> float:
+def kernel_distance(x: Samples, y: Samples) -> float:
     """Return KID, the unbiased MMD^2 of features (n, d) with the kernel (x'y / d + 1)^3.
 
     Reference: Binkowski et al., 2018. It may be a little below zero for samples of one
     distribution. nan if a set has fewer than two samples.
     """
-    x, y = _rows(x), _rows(y)
-    cross = _map(x, y, lambda k: k.sum(1), _kernel).sum() / (len(x) * len(y))
-    return float(_mean_of_pairs(x, _kernel) + _mean_of_pairs(y, _kernel) - 2 * cross)
+    x, y = as_set(x), as_set(y)
+    cross = over_pairs(x.rows, y.rows, lambda k: k.mean(1), kid_kernel).mean()
+    return float(x.kernel + y.kernel - 2 * cross)
 
 
-def density(generated: Tensor, samples: Tensor) -> float:
+def density(generated: Samples, samples: Samples) -> float:
     """Return the density: how many real neighbourhoods a generated sample is in, over k.
 
     Reference: Naeem et al., 2020. The neighbourhood of a real sample reaches to its k-th (fifth)
     nearest real neighbour. About 1 for samples of the real distribution; more if they crowd where
     real samples are dense. nan if there is one real sample.
     """
-    x, y = _rows(generated), _rows(samples)
-    radii, k = _radii(y)
-    return float(_map(x, y, lambda d: (d <= radii).sum(1)).sum() / (k * len(x))) if k else math.nan
+    x, y = as_set(generated).rows, as_set(samples)
+    radii, k = y.radii
+    inside = over_pairs(x, y.rows, lambda d: (d <= radii).sum(1)).sum()
+    return float(inside / (k * len(x))) if k else math.nan
 
 
-def coverage(generated: Tensor, samples: Tensor) -> float:
+def coverage(generated: Samples, samples: Samples) -> float:
     """Return the coverage: the share of real neighbourhoods that hold a generated sample.
 
     Reference and neighbourhoods as for `density`. In [0, 1]. It needs some 300 samples of each, and
     grows with the number of generated ones. nan if there is one real sample.
     """
-    x, y = _rows(generated), _rows(samples)
-    radii, k = _radii(y)
-    return float((_map(y, x, lambda d: d.amin(1)) <= radii).double().mean()) if k else math.nan
+    x, y = as_set(generated).rows, as_set(samples)
+    radii, k = y.radii
+    nearest = over_pairs(y.rows, x, lambda d: d.amin(1))
+    return float((nearest <= radii).double().mean()) if k else math.nan
 
 
-def memorization(generated: Tensor, few: Tensor, samples: Tensor) -> float:
+def memorization(generated: Samples, few: Tensor, samples: Samples) -> float:
     """Return how near generated samples are to the few of training, relative to unseen ones.
 
     The mean distance of a generated sample to its nearest of the ``few``, over the same for equally
     many of the held-out ``samples``, averaged over fixed random choices of these. About 1 if
     nothing was memorised, 0 for copies. nan where even the held-out samples are copied.
     """
-    x, few, y = _rows(generated), _rows(few), _rows(samples)
+    x, few, y = as_set(generated).rows, rows_of(few), as_set(samples).rows
     size = min(len(few), len(y))  # equally many on both sides, or the larger set would be nearer
     rng = torch.Generator().manual_seed(0)
     few_sets = [torch.randperm(len(few), generator=rng)[:size] for _ in range(DRAWS)]
     other_sets = [torch.randperm(len(y), generator=rng)[:size] for _ in range(DRAWS)]
-    seen = _map(x, few, lambda d: torch.stack([d[:, s].amin(1) for s in few_sets], 1)).mean()
-    unseen = _map(x, y, lambda d: torch.stack([d[:, s].amin(1) for s in other_sets], 1)).mean()
+
+    def nearest(real: Tensor, sets: list[Tensor]) -> Tensor:
+        return over_pairs(x, real, lambda d: torch.stack([d[:, s].amin(1) for s in sets], 1)).mean()
+
+    seen, unseen = nearest(few, few_sets), nearest(y, other_sets)
     return float(seen / unseen) if unseen > 0 else math.nan
-
-
-def _rows(samples: Tensor) -> Tensor:
-    # float64, because distances of near-equal samples lose half of the digits.
-    return samples.detach().cpu().double().reshape(len(samples), -1)
-
-
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    return torch.cdist(x, y)
-
-
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T / x.shape[1] + 1).pow(3)
-
-
-def _map(
-    x: Tensor,
-    y: Tensor,
-    reduce: Callable[[Tensor], Tensor],
-    pairs: Callable[[Tensor, Tensor], Tensor] = _distances,
-) -> Tensor:
-    """Reduce the (n, m) matrix of ``pairs`` along m, never holding all of it."""
-    return torch.cat([reduce(pairs(part, y)) for part in x.split(max(ENTRIES // len(y), 1))])
-
-
-def _mean_of_pairs(x: Tensor, pairs: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Mean of pairs(x_i, x_j) over i != j."""
-    if len(x) < 2:
-        return math.nan
-    total, step = 0.0, max(ENTRIES // len(x), 1)
-    for start in range(0, len(x), step):
-        block = pairs(x[start : start + step], x)
-        block.diagonal(start).zero_()
-        total += float(block.sum())
-    return total / (len(x) * (len(x) - 1))
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (d,) and a root R (min(n, d), d) of the covariance R'R."""
-    mean = x.mean(0)
-    root = torch.linalg.qr((x - mean) / math.sqrt(max(len(x) - 1, 1)), mode="r").R
-    return mean, root
-
-
-def _radii(samples: Tensor) -> tuple[Tensor, int]:
-    """Distance (m,) of each sample to its k-th nearest other, and k: NEIGHBOURS or all others."""
-    k = min(NEIGHBOURS, len(samples) - 1)
-    return _map(samples, samples, lambda d: d.kthvalue(k + 1).values), k

@@ -11,7 +11,17 @@ ROOT = Path(__file__).parents[1]
 
 # Lower layers first. A module imports from its own layer and from those below, never from above.
 MATHEMATICS = (
-    {"readers", "hub", "storage", "isolation", "networks", "transport", "checkpoint", "store"},
+    {
+        "readers",
+        "hub",
+        "storage",
+        "isolation",
+        "networks",
+        "transport",
+        "checkpoint",
+        "store",
+        "sample_sets",
+    },
     {
         "wgan",
         "distillation",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb import features, metrics
+from fl_wb import features, sample_sets
 from fl_wb.cli import check
 from fl_wb.config import ConfigError, compose
 from fl_wb.datasets import DataConfig, load, source_samples, target_samples
@@ -84,7 +84,7 @@ def test_energy_distance_by_hand():
 def test_chunks_change_nothing(monkeypatch):
     x, y = normal(50, 4, 0), normal(40, 4, 1)
     whole = compare(x, y, few=y[:7])
-    monkeypatch.setattr(metrics, "ENTRIES", 130)
+    monkeypatch.setattr(sample_sets, "ENTRIES", 130)
     assert compare(x, y, few=y[:7]) == pytest.approx(whole)
 
 
