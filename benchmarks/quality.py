@@ -60,8 +60,8 @@ class Bench:
         self.everything, held_out = datasets.load(data)
         self.held_out = datasets.held_out(data, data.targets[0]).images
         self.few = datasets.target_samples(data, 0).images
-        self.features = train_features(self.everything.images, self.everything.labels)
-        self.reference = Reference(self.held_out, few=self.few, features=self.features)
+        features = train_features(self.everything.images, self.everything.labels)
+        self.reference = Reference(self.held_out, few=self.few, features=features)
         shape = tuple(held_out.images.shape[1:])
         self.make_generator = lambda: make_generator(
             network.generator, shape, latent_dim=network.latent_dim, width=network.width
