@@ -3,12 +3,15 @@
     python -m benchmarks.quality merge [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
     python -m benchmarks.quality adapt [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
     python -m benchmarks.quality deal [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
+    python -m benchmarks.quality shares [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
 
 `merge`: barycenters of two sources by each geodesic and start, beside samples of the pool of the
 sources themselves (their exact mixture). `adapt`: two targets with 10 samples a class, one of all
 classes (sources 0-4, 5-9), one of classes that no source has (8-9; sources 0-3, 4-7): start,
 variation transfer, its ternary form, plain fine-tuning. `deal`: what of those targets' energy
 distance lies in the few samples alone: real ones, moved so that their mean is the few samples'.
+`shares`: distilled starts of unequal weights, by the latents that they are distilled on, compared
+not with real samples but with samples of the exact mixture.
 Sources are trained with the shipped settings, by the seed. Seconds are of one core's time
 (`time.process_time`, one thread). Every figure is the mean of five draws of the generator,
 given as mean and standard deviation over seeds.
@@ -31,7 +34,10 @@ from fl_wb import datasets
 from fl_wb.adaptation import adapt
 from fl_wb.barycenter import GEODESICS, STARTS, mixture_map, recursive_barycenter
 from fl_wb.config import Config, compose
+from fl_wb.distillation import distill, pairs_of
+from fl_wb.isolation import copy_of
 from fl_wb.metrics import Reference, train_features
+from fl_wb.mixture import Map, favor_small_parts
 from fl_wb.networks import generate, make_critic, make_generator
 from fl_wb.ternary import pack, ternarize
 from fl_wb.transport import energy_distance
@@ -42,11 +48,13 @@ OVERLAPPING = "data.sources=[[0,1,2,3,4],[5,6,7,8,9]] data.targets=[[0,1,2,3,4,5
 NON_OVERLAPPING = "data.sources=[[0,1,2,3],[4,5,6,7]] data.targets=[[8,9]]"
 TARGETS = {"all": OVERLAPPING, "new": NON_OVERLAPPING}
 MERGES = [(geodesic, start) for geodesic in GEODESICS for start in STARTS]
+SHARES = (0.5, 0.2, 0.1)  # of the second source
 NAMES = {
     "merge": [f"{geodesic}, {start} start" for geodesic, start in MERGES]
     + ["the paper's recipe", "distilled start alone"],
     "adapt": list(TARGETS),
     "deal": list(TARGETS),
+    "shares": [f"t = {t}" for t in SHARES],
 }
 DRAWS = 5
 
@@ -60,8 +68,8 @@ class Bench:
         self.everything, held_out = datasets.load(data)
         self.held_out = datasets.held_out(data, data.targets[0]).images
         self.few = datasets.target_samples(data, 0).images
-        features = train_features(self.everything.images, self.everything.labels)
-        self.reference = Reference(self.held_out, few=self.few, features=features)
+        self.features = train_features(self.everything.images, self.everything.labels)
+        self.reference = Reference(self.held_out, few=self.few, features=self.features)
         shape = tuple(held_out.images.shape[1:])
         self.make_generator = lambda: make_generator(
             network.generator, shape, latent_dim=network.latent_dim, width=network.width
@@ -86,10 +94,12 @@ class Bench:
             )
         return trained
 
-    def row(self, draw: Callable[[int, int], Tensor]) -> dict[str, float]:
+    def row(
+        self, draw: Callable[[int, int], Tensor], reference: Reference | None = None
+    ) -> dict[str, float]:
         """Metrics of samples that draw(n, seed) makes, averaged over draws."""
         size = len(self.held_out)
-        rows = [self.reference.compare(draw(size, s)) for s in range(DRAWS)]
+        rows = [(reference or self.reference).compare(draw(size, s)) for s in range(DRAWS)]
         return {key: statistics.fmean(row[key] for row in rows) for key in COLUMNS}
 
     def of(self, generator: nn.Module) -> dict[str, float]:
@@ -206,6 +216,35 @@ def deal(seed: int, table: Table, overrides: str, only: str = "") -> None:
             table[f"{name}: {label}"].append({"energy": statistics.fmean(energy)})
 
 
+def shares(seed: int, table: Table, overrides: str, only: str = "") -> None:
+    """Distilled starts of unequal weights, by the latents that they learn from."""
+    bench = Bench(f"{OVERLAPPING} {overrides}", seed)
+    previous, new = (source.eval().requires_grad_(False) for source in bench.sources())
+    dim = bench.config.network.latent_dim
+    for t in SHARES:
+        if only not in f"t = {t}":
+            continue
+        exact = mixture_map(previous, new, t)
+
+        def draw(n: int, draw: int, exact: Map = exact) -> Tensor:
+            return exact(torch.randn(n, dim, generator=_rng(draw)))
+
+        real = Reference(draw(len(bench.held_out), DRAWS), features=bench.features)
+        table[f"t = {t}: the mixture itself"].append(bench.row(draw, real))
+        parts = [1 - t, t]
+        for label, move in (
+            ("latents by share", None),
+            ("by its root (shipped)", lambda z, parts=parts: favor_small_parts(z, parts)),
+        ):
+            student = copy_of(previous).requires_grad_(True)
+            pairs, settings = pairs_of(exact, dim, move), bench.config.strategy.stage.distillation
+            began = time.process_time()
+            distill(student, pairs, settings, seed=seed)
+            seconds = time.process_time() - began
+            figures = bench.row(lambda n, s, g=student: generate(g, n, seed=s), real)  # type: ignore[misc]
+            table[f"t = {t}: {label}"].append(figures | {"seconds": seconds})
+
+
 def markdown(table: Table) -> str:
     """Rows of mean ± standard deviation over the seeds."""
     columns = (*COLUMNS, "seconds")
@@ -234,7 +273,7 @@ def main() -> None:
     parser.add_argument("what", choices=NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--only", default="", help="a word in the recipes' names (merge), or all or new"
+        "--only", default="", help="a word in the rows' names (merge, shares), or all or new"
     )
     parser.add_argument("overrides", nargs="*", help="as for fl-wb, e.g. data=mnist data.root=DIR")
     arguments = parser.parse_args()
@@ -243,9 +282,9 @@ def main() -> None:
         parser.error(f"--only {arguments.only!r} is in none of the names: {'; '.join(names)}")
     torch.set_num_threads(1)
     table: Table = defaultdict(list)
-    work = {"merge": merge, "adapt": adaptation, "deal": deal}[arguments.what]
+    works = {"merge": merge, "adapt": adaptation, "deal": deal, "shares": shares}
     for seed in arguments.seeds:
-        work(seed, table, " ".join(arguments.overrides), arguments.only)
+        works[arguments.what](seed, table, " ".join(arguments.overrides), arguments.only)
         print(f"# after seed {seed}\n{markdown(table)}\n", flush=True)
 
 
