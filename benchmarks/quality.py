@@ -226,8 +226,8 @@ def shares(seed: int, table: Table, overrides: str, only: str = "") -> None:
             continue
         exact = mixture_map(previous, new, t)
 
-        def draw(n: int, draw: int, exact: Map = exact) -> Tensor:
-            return exact(torch.randn(n, dim, generator=_rng(draw)))
+        def draw(n: int, draw_seed: int, exact: Map = exact) -> Tensor:
+            return exact(torch.randn(n, dim, generator=_rng(draw_seed)))
 
         real = Reference(draw(len(bench.held_out), DRAWS), features=bench.features)
         table[f"t = {t}: the mixture itself"].append(bench.row(draw, real))

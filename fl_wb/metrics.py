@@ -139,8 +139,8 @@ def compare(
 class Reference:
     """Held-out real samples (m, ...) that several sets are compared with.
 
-    What a comparison needs of the real samples alone, a third of its time, is computed once. The
-    arguments are those of `evaluate`.
+    What a comparison needs of the real samples alone is computed once. The arguments are those of
+    `evaluate`.
 
     Raises
     ------
