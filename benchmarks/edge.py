@@ -28,8 +28,8 @@ RUNTIMES = ("torch, full precision", "torch, ternary", "numpy, ternary")
 def prepare(network: str, folder: Path) -> None:
     """Write both files of one generator."""
     from fl_wb import ternary
-    from fl_wb.networks import make_generator
-    from fl_wb.storage import save_tensors
+    from fl_wb.generators.networks import make_generator
+    from fl_wb.persistence.tensor_files import save_tensors
 
     generator = make_generator(network, SHAPES[network])
     save_tensors(folder / "full.safetensors", generator.state_dict())
@@ -43,7 +43,7 @@ def measure(runtime: str, network: str, folder: Path) -> dict[str, float]:
     shape = SHAPES[network]
     sample: Callable[[int], object]
     if runtime.startswith("numpy"):
-        from fl_wb.numpy_reader import PackedGenerator
+        from fl_wb.ternary.numpy_reader import PackedGenerator
 
         path = folder / "ternary.flwb"
         began = time.process_time()
@@ -55,8 +55,8 @@ def measure(runtime: str, network: str, folder: Path) -> dict[str, float]:
         import torch
 
         from fl_wb import ternary
-        from fl_wb.networks import make_generator
-        from fl_wb.storage import load_tensors
+        from fl_wb.generators.networks import make_generator
+        from fl_wb.persistence.tensor_files import load_tensors
 
         torch.set_num_threads(1)
         path = folder / ("full.safetensors" if "full" in runtime else "ternary.flwb")

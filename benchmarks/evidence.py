@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from flwr.app import Context, RecordDict
 
+from fl_wb.app.config import compose
 from fl_wb.client_app import app as client_app
-from fl_wb.config import compose
 from fl_wb.server_app import app as server_app
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 
 COMMON = "client.evaluation.draws=5 client.evaluation.bank=true"
 CURVE = "client.evaluation.snapshots=8"

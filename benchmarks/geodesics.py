@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fl_wb.barycenter import GEODESICS, optimality_gap, recursive_barycenter
-from fl_wb.networks import generate
+from fl_wb.generators.sampling import generate
 from fl_wb.transport import wasserstein1
 from tests.points import Gaussian
 

@@ -20,14 +20,14 @@ from statistics import fmean, pstdev
 import torch
 from torch import nn
 
-from fl_wb import datasets
+from fl_wb.app.config import Config, compose
+from fl_wb.app.factories import factories, seeded
 from fl_wb.barycenter import recursive_barycenter
 from fl_wb.clients.source import train_source
-from fl_wb.config import Config, compose
+from fl_wb.data import datasets
+from fl_wb.generators.sampling import generate
+from fl_wb.messages.screening import outliers
 from fl_wb.metrics import frechet_distance, train_features
-from fl_wb.networks import generate
-from fl_wb.screening import outliers
-from fl_wb.task import factories, seeded
 
 SOURCES = {
     "overlapping": "[[0,1,2,3,4],[5,6,7,8,9],[2,3,4,5,6],[7,8,9,0,1],"

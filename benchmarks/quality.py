@@ -30,18 +30,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fl_wb import datasets
 from fl_wb.adaptation import adapt
+from fl_wb.app.config import Config, compose
 from fl_wb.barycenter import GEODESICS, STARTS, mixture_map, recursive_barycenter
-from fl_wb.config import Config, compose
-from fl_wb.distillation import distill, pairs_of
-from fl_wb.isolation import copy_of
+from fl_wb.data import datasets
+from fl_wb.generators.copies import copy_of
+from fl_wb.generators.mixture import Map, favor_small_parts
+from fl_wb.generators.networks import make_critic, make_generator
+from fl_wb.generators.sampling import generate
 from fl_wb.metrics import Reference, train_features
-from fl_wb.mixture import Map, favor_small_parts
-from fl_wb.networks import generate, make_critic, make_generator
 from fl_wb.ternary import pack, ternarize
+from fl_wb.training.distillation import distill, pairs_of
+from fl_wb.training.wgan import resample, train_wgan
 from fl_wb.transport import energy_distance
-from fl_wb.wgan import resample, train_wgan
 
 COLUMNS = ("w1", "frechet", "kid", "energy", "density", "coverage", "memorization")
 OVERLAPPING = "data.sources=[[0,1,2,3,4],[5,6,7,8,9]] data.targets=[[0,1,2,3,4,5,6,7,8,9]]"

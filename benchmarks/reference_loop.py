@@ -3,7 +3,7 @@
 The yardstick of `benchmarks.speed`, and nothing else. Each critic, in each of its steps, gets fakes
 generated anew, with the generator's graph kept (and so back-propagated through); one forward
 pass each for real, fake and interpolated samples; Adam unfused. The gradient penalty is taken per
-sample, as in `fl_wb.wgan`: the two loops differ in cost, not in what they minimise.
+sample, as in `fl_wb.training.wgan`: the two loops differ in cost, not in what they minimise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from fl_wb.wgan import Sampler
+from fl_wb.training.wgan import Sampler
 
 PENALTY = 10.0
 

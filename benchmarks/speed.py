@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.quality import OVERLAPPING, Bench
 from benchmarks.reference_loop import reference_loop
 from fl_wb.barycenter import GEODESICS, Stage, recursive_barycenter
-from fl_wb.networks import generate
+from fl_wb.generators.sampling import generate
 from fl_wb.ternary import pack, ternarize, unpack
-from fl_wb.wgan import Training, push_forward, resample, train_wgan
+from fl_wb.training.wgan import Training, push_forward, resample, train_wgan
 
 CRITIC_STEPS = 5
 REPEATS = 3

@@ -19,7 +19,7 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from fl_wb.launcher import launch
+from fl_wb.commands.launcher import launch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RUNS: dict[str, list[tuple[str, str, dict[str, str]]]] = {

@@ -16,12 +16,13 @@ from flwr.app import (
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
-from fl_wb import parts, records, ternary
+from fl_wb import ternary
 from fl_wb.adaptation import Adaptation, adapt
-from fl_wb.checkpoint import Checkpoint
-from fl_wb.networks import check_factory, generate
-from fl_wb.storage import digest
+from fl_wb.generators.sampling import check_factory, generate
+from fl_wb.messages import generator_part, keys, records
+from fl_wb.persistence.tensor_files import digest
 from fl_wb.ternary import Ternarization, ternarize
+from fl_wb.training.checkpoints import Checkpoint
 
 _MADE, _FROM = "fl_wb.target.generator", "fl_wb.target.made-from"  # in context.state
 
@@ -75,7 +76,7 @@ class FastAdaptation:
     adaptation: Adaptation | None = None
     ternarize: bool = True
     ternarization: Ternarization | None = None
-    arrayrecord_key: str = records.ARRAYS
+    arrayrecord_key: str = keys.ARRAYS
     generator_keys: Sequence[str] | None = None
     reply_key: str | None = None
     latent_dim: int | None = None
@@ -87,7 +88,7 @@ class FastAdaptation:
         check_factory("generator", self.generator)
         if self.critic is not None:
             check_factory("critic", self.critic)
-        self._prefixes = parts.check_prefixes(self.generator_keys)
+        self._prefixes = generator_part.check_prefixes(self.generator_keys)
         if self.reply_key is not None and not self.ternarize:
             raise ValueError("reply_key sends the ternary generator, and ternarize is False")
 
@@ -118,7 +119,7 @@ class FastAdaptation:
                 raise ValueError(
                     f"the reply has a record {self.reply_key!r} already: set reply_key"
                 )
-            reply.content[self.reply_key] = ConfigRecord({records.TERNARY: ternary.pack(made)})
+            reply.content[self.reply_key] = ConfigRecord({keys.TERNARY: ternary.pack(made)})
         return reply
 
     def start(self, message: Message, context: Context) -> nn.Module:
@@ -144,8 +145,8 @@ class FastAdaptation:
                 f"the message to node {context.node_id} has no ArrayRecord "
                 f"{self.arrayrecord_key!r}, only {sorted(found)}: set arrayrecord_key"
             )
-        arrays, _ = parts.split(found[self.arrayrecord_key], self._prefixes)
-        return parts.own(arrays, network.state_dict())
+        arrays, _ = generator_part.split(found[self.arrayrecord_key], self._prefixes)
+        return generator_part.own(arrays, network.state_dict())
 
     def _made(self, start: nn.Module, few: Tensor, context: Context) -> nn.Module:
         """Return the generator for this node, from ``context.state`` if it is there."""

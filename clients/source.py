@@ -12,11 +12,11 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fl_wb import records
-from fl_wb.checkpoint import Checkpoint
-from fl_wb.storage import digest
-from fl_wb.store import StageStore
-from fl_wb.wgan import Progress, Trained, Training, resample, train_wgan
+from fl_wb.messages import keys, records
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.persistence.tensor_files import digest
+from fl_wb.training.checkpoints import Checkpoint
+from fl_wb.training.wgan import Progress, Trained, Training, resample, train_wgan
 
 # In context.state.
 _GENERATOR, _METRICS = "fl_wb.source.generator", "fl_wb.source.metrics"
@@ -49,7 +49,7 @@ def train_source(
     training : Training
         How long and how fast.
     latent_dim, seed, callback, checkpoint : optional
-        As in `fl_wb.wgan.train_wgan`.
+        As in `fl_wb.training.wgan.train_wgan`.
 
     Returns
     -------
@@ -135,7 +135,7 @@ def source_train(
     if again or _GENERATOR not in state:
         network = generator()
         try:
-            records.load(message.content.array_records[records.ARRAYS], network)
+            records.load(message.content.array_records[keys.ARRAYS], network)
         except records.InvalidUpload as error:
             raise ValueError(
                 f"the server's generator does not fit that of node {context.node_id}: {error}"
@@ -167,10 +167,10 @@ def source_train(
         state[_GENERATOR] = ArrayRecord({name: found[name] for name in network.state_dict()})
         if send_critic:
             state[_JUDGE] = ArrayRecord(_below(found, _CRITIC))
-        state[_METRICS] = MetricRecord({records.WEIGHT: len(data), **figures})
-    content = RecordDict({records.ARRAYS: state[_GENERATOR], records.METRICS: state[_METRICS]})
+        state[_METRICS] = MetricRecord({keys.WEIGHT: len(data), **figures})
+    content = RecordDict({keys.ARRAYS: state[_GENERATOR], keys.METRICS: state[_METRICS]})
     if send_critic:
-        content[records.CRITIC] = state[_JUDGE]
+        content[keys.CRITIC] = state[_JUDGE]
     return content
 
 

@@ -20,14 +20,14 @@ from flwr.app import (
 )
 from torch import Tensor, nn
 
-from fl_wb import records, ternary
-from fl_wb.adaptation import POOL, Adaptation
-from fl_wb.checkpoint import Snapshots
+from fl_wb import ternary
+from fl_wb.adaptation import POOL, Adaptation, variation_bank
 from fl_wb.clients.fast_adaptation import FastAdaptation
+from fl_wb.generators.sampling import generate
+from fl_wb.messages import keys, records
 from fl_wb.metrics import Evaluation, Reference
-from fl_wb.networks import generate
-from fl_wb.variation import variation_bank
-from fl_wb.wgan import resample
+from fl_wb.training.checkpoints import Snapshots
+from fl_wb.training.wgan import resample
 
 PICTURES = 64  # of each step, in a reply
 
@@ -70,7 +70,7 @@ def target_evaluate(
     critic = _critic(message, adaptation)
     networks = {"barycenter": start, "adapted": adaptation.adapt(start, few, snapshots, critic)}
     figures: dict[str, MetricRecordValues] = {
-        records.WEIGHT: len(few),
+        keys.WEIGHT: len(few),
         "adapt-seconds": perf_counter() - began,
     }
     info = ConfigRecord({"features": str(getattr(features, "digest", ""))})
@@ -78,7 +78,7 @@ def target_evaluate(
         began = perf_counter()
         networks["ternary"] = adaptation.ternarized(networks["adapted"])
         figures["ternarize-seconds"] = perf_counter() - began
-        info[records.TERNARY] = ternary.pack(networks["ternary"])
+        info[keys.TERNARY] = ternary.pack(networks["ternary"])
     reference = Reference(held_out, few=few.cpu(), features=features)
     judge = _Judge(settings, reference, len(held_out), adaptation)
     steps = {"few": judge.of_real(few.cpu())}
@@ -95,9 +95,9 @@ def target_evaluate(
         pictures[step] = generate(network, PICTURES, latent_dim=adaptation.latent_dim)
     return RecordDict(
         {
-            records.METRICS: MetricRecord(figures),
-            records.INFO: info,
-            records.SAMPLES: records.from_tensors(pictures),
+            keys.METRICS: MetricRecord(figures),
+            keys.INFO: info,
+            keys.SAMPLES: records.from_tensors(pictures),
         }
     )
 
@@ -133,7 +133,7 @@ class _Judge:
 
 def _critic(message: Message, adaptation: FastAdaptation) -> nn.Module | None:
     """Return the critic that a message carries beside the generator, if it does."""
-    sent = message.content.array_records.get(records.CRITIC)
+    sent = message.content.array_records.get(keys.CRITIC)
     if sent is None or adaptation.critic is None:
         return None
     try:

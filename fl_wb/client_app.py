@@ -21,15 +21,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fl_wb import datasets, records
+from fl_wb.app.config import Config, from_run_config
+from fl_wb.app.factories import factories
 from fl_wb.clients import FastAdaptation, source_train, target_evaluate
-from fl_wb.config import Config, from_run_config
+from fl_wb.data import datasets
+from fl_wb.generators.mixture import fitting
+from fl_wb.messages import keys
 from fl_wb.metrics import inception_features, train_features
-from fl_wb.mixture import fitting
-from fl_wb.storage import digest
-from fl_wb.store import StageStore
-from fl_wb.task import factories
-from fl_wb.tracking import progress
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.persistence.tensor_files import digest
+from fl_wb.reporting.progress import progress
 
 app = ClientApp()
 
@@ -41,7 +42,7 @@ class Place:
     Attributes
     ----------
     role
-        One of `records.ROLES`.
+        One of `keys.ROLES`.
     index
         Its number among the nodes of that role.
     data
@@ -63,7 +64,7 @@ class Place:
 def query(message: Message, context: Context) -> Message:
     """Answer the server's question for this node's role."""
     role = place(context, from_run_config(context.run_config)).role
-    content = RecordDict({records.CONFIG: ConfigRecord({records.ROLE: role})})
+    content = RecordDict({keys.CONFIG: ConfigRecord({keys.ROLE: role})})
     return Message(content, reply_to=message)
 
 
@@ -87,7 +88,7 @@ def train(message: Message, context: Context) -> Message:
         device=node.device,
         callback=progress(f"source {node.index}"),
     )
-    content[records.INFO] = ConfigRecord({records.PARTITION: node.index})
+    content[keys.INFO] = ConfigRecord({keys.PARTITION: node.index})
     return Message(content, reply_to=message)
 
 
@@ -97,7 +98,7 @@ def evaluate(message: Message, context: Context) -> Message:
     config, node = _prepare(context)
     generator, critic = factories(config)
     few, held_out, features = _target_samples(config, node)
-    arrays = message.content.array_records.get(records.ARRAYS, ArrayRecord())
+    arrays = message.content.array_records.get(keys.ARRAYS, ArrayRecord())
     shapes = {name: array.shape for name, array in arrays.items()}
     content = target_evaluate(
         message,
@@ -116,7 +117,7 @@ def evaluate(message: Message, context: Context) -> Message:
         features,
         config.client.evaluation,
     )
-    content.config_records[records.INFO][records.PARTITION] = node.index
+    content.config_records[keys.INFO][keys.PARTITION] = node.index
     return Message(content, reply_to=message)
 
 
@@ -143,19 +144,19 @@ def place(context: Context, config: Config) -> Place:
     device = str(node.get("device", config.device))
     role = node.get("role")
     if role is not None:
-        if role not in records.ROLES:
+        if role not in keys.ROLES:
             raise ValueError(
-                f"node {context.node_id}: role={role!r} is not one of {', '.join(records.ROLES)}"
+                f"node {context.node_id}: role={role!r} is not one of {', '.join(keys.ROLES)}"
             )
         return Place(str(role), partition, data, cache, device)
     if data is not None:
-        return Place(records.BOTH, partition, data, cache, device)
+        return Place(keys.BOTH, partition, data, cache, device)
     sources, targets = len(config.data.sources), len(config.data.targets)
     if partition < sources:
-        return Place(records.SOURCE, partition, data, cache, device)
+        return Place(keys.SOURCE, partition, data, cache, device)
     if partition < sources + targets:
-        return Place(records.TARGET, partition - sources, data, cache, device)
-    return Place(records.NONE, partition, data, cache, device)
+        return Place(keys.TARGET, partition - sources, data, cache, device)
+    return Place(keys.NONE, partition, data, cache, device)
 
 
 def _folder(context: Context, key: str) -> str | None:

@@ -14,13 +14,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from fl_wb import records
-from fl_wb.config import Config, from_run_config
-from fl_wb.results import Results
-from fl_wb.store import StageStore
+from fl_wb.app.config import Config, from_run_config
+from fl_wb.app.factories import factories, seeded
+from fl_wb.app.results import Results
+from fl_wb.messages import records
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.reporting.tracker import Tracker
 from fl_wb.strategies import AdaptiveCoalescence, EdgeOnly, Ensemble, RoleFedAvg, Transfer
-from fl_wb.task import factories, seeded
-from fl_wb.tracking import Tracker
 
 app = ServerApp()
 

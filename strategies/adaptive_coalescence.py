@@ -16,12 +16,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 from torch import Tensor, nn
 
-from fl_wb import parts, records
 from fl_wb.barycenter import Stage, recursive_barycenter
-from fl_wb.networks import check_factory, generate
-from fl_wb.screening import outliers
-from fl_wb.storage import digest
-from fl_wb.store import StageStore
+from fl_wb.generators.sampling import check_factory, generate
+from fl_wb.messages import generator_part, records
+from fl_wb.messages.screening import outliers
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.persistence.tensor_files import digest
+from fl_wb.reporting.progress import progress
 from fl_wb.strategies.checks import (
     check_device,
     check_networks,
@@ -31,8 +32,7 @@ from fl_wb.strategies.checks import (
 from fl_wb.strategies.model import Model, State
 from fl_wb.strategies.role_fedavg import RoleFedAvg
 from fl_wb.strategies.uploads import Upload, Uploads
-from fl_wb.tracking import progress
-from fl_wb.wgan import Progress
+from fl_wb.training.wgan import Progress
 
 SCREENED = 256  # samples of each upload that are compared
 
@@ -75,7 +75,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     refit : callable, optional
         Called after each merge with the state dict of the whole model, the generator merged, the
         rest averaged; returns a state dict in which the rest was fitted to the new generator (see
-        `fl_wb.pairing.fit_encoder`). What it makes of the generator's own arrays is ignored.
+        `fl_wb.training.encoder.fit_encoder`). What it makes of the generator's own arrays is
+        ignored.
     stage : Stage, optional
         Settings of one merge; see `fl_wb.barycenter.Stage`.
     geodesic : {"mixture", "displacement", "two_critics"}, optional
@@ -94,7 +95,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         None: it always is.
     screening : float, optional
         Drop uploads that collapsed, or whose samples are more than this many times further from
-        the others' than is typical (see `fl_wb.screening`; 3 measured well). None: off.
+        the others' than is typical (see `fl_wb.messages.screening`; 3 measured well). None: off.
     callback : callable, optional
         Called during stages with (iteration, iterations in all, losses). By default they are
         logged every few seconds.
@@ -149,7 +150,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self.generator = generator
         self.critic = critic
         self.latent_dim = latent_dim
-        self.generator_keys = parts.check_prefixes(generator_keys)
+        self.generator_keys = generator_part.check_prefixes(generator_keys)
         self.refit = refit
         self.stage = stage
         self.geodesic = geodesic
@@ -233,7 +234,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     def _begin(self, arrays: ArrayRecord) -> None:
         """Start from scratch, as `start` means it, once everything is seen to fit."""
         check_device(self.device)
-        generative, _ = parts.split(arrays, self.generator_keys)
+        generative, _ = generator_part.split(arrays, self.generator_keys)
         network = check_networks(generative, self.generator, self.critic, self.latent_dim)
         self._model = Model(arrays, network, self.generator_keys, self.refit)
         self._uploads = Uploads()

@@ -10,10 +10,11 @@ import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
-from fl_wb import parts, records
 from fl_wb.barycenter import Stage
-from fl_wb.networks import MLPCritic, generate, latent_dim_of
-from fl_wb.wgan import critic_loss
+from fl_wb.generators.networks import MLPCritic
+from fl_wb.generators.sampling import generate, latent_dim_of
+from fl_wb.messages import generator_part, records
+from fl_wb.training.wgan import critic_loss
 
 
 def check_settings(
@@ -62,7 +63,7 @@ def check_networks(
     network = _made("generator", generator)
     own = network.state_dict()
     try:
-        state = records.validate(parts.own(arrays, own)[0], own)
+        state = records.validate(generator_part.own(arrays, own)[0], own)
     except records.InvalidUpload as error:
         hint = ""
         if len(arrays) != len(own):

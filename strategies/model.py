@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from torch import Tensor, nn
 
-from fl_wb import parts, records
+from fl_wb.messages import generator_part, records
 
 State = dict[str, Tensor]
 
@@ -37,11 +37,11 @@ class Model:
         prefixes: tuple[str, ...] | None,
         refit: Callable[[State], Mapping[str, Tensor]] | None,
     ) -> None:
-        generative, others = parts.split(arrays, prefixes)
+        generative, others = generator_part.split(arrays, prefixes)
         own = network.state_dict()
         self._initial, self._prefixes, self._refit = arrays, prefixes, refit
         # What the model's names have before the generator's own.
-        self._head = parts.own(generative, own)[1]
+        self._head = generator_part.own(generative, own)[1]
         self._others = {name: _template(name, array) for name, array in others.items()}
         self._all = {self._head + name: value.cpu() for name, value in own.items()} | self._others
 
@@ -51,7 +51,7 @@ class Model:
         Raises
         ------
         InvalidUpload
-            If they are not what this model is made of; see `fl_wb.records.validate`.
+            If they are not what this model is made of; see `fl_wb.messages.records.validate`.
         """
         state = records.validate(arrays, self._all)
         rest = {name: state.pop(name) for name in self._others}
@@ -86,7 +86,7 @@ class Model:
         fitted = self._refit({name: whole[name].clone() for name in self._initial})
         try:
             found = ArrayRecord({name: fitted[name].detach() for name in fitted})
-            return records.validate(parts.split(found, self._prefixes)[1], self._others)
+            return records.validate(generator_part.split(found, self._prefixes)[1], self._others)
         except records.InvalidUpload as error:
             raise ValueError(f"refit returned arrays that do not fit: {error}") from error
 

@@ -18,7 +18,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy.strategy_utils import sample_nodes
 
-from fl_wb.records import BOTH, ROLE, ROLES, SOURCE, TARGET, InvalidUpload
+from fl_wb.messages.keys import BOTH, ROLE, ROLES, SOURCE, TARGET
+from fl_wb.messages.records import InvalidUpload
 
 ROLE_TIMEOUT = 60.0  # seconds; a fresh client process has to import torch before it can answer
 

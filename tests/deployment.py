@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from fl_wb import certificates
+from fl_wb.commands import certificates
 
 PACKAGE = str(Path(certificates.__file__).parents[1])  # also where FL-WB is not installed
 PATIENCE = 240.0  # seconds; a machine under test may be slow
@@ -124,7 +124,7 @@ class Deployment:
 
     def run(self, name: str, *overrides: str) -> psutil.Popen:
         """Start `fl-wb superlink=lab` in the background; see `log` for what it prints."""
-        command = (sys.executable, "-m", "fl_wb.cli", "superlink=lab", *overrides)
+        command = (sys.executable, "-m", "fl_wb.commands.cli", "superlink=lab", *overrides)
         return self._start(name, *command)
 
     def flwr(self, *arguments: str) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fl_wb.networks import MLPCritic
-from fl_wb.wgan import Progress
+from fl_wb.generators.networks import MLPCritic
+from fl_wb.training.wgan import Progress
 
 
 class Gaussian(nn.Module):

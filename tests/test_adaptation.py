@@ -8,13 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb import adaptation
-from fl_wb.adaptation import METHODS, Adaptation, adapt, choose_anchor
-from fl_wb.distillation import Distillation
-from fl_wb.networks import MLPCritic, generate, make_generator
+from fl_wb.adaptation import (
+    METHODS,
+    Adaptation,
+    adapt,
+    choose_anchor,
+    fast_adaptation,
+    variation_bank,
+)
+from fl_wb.generators.networks import MLPCritic, make_generator
+from fl_wb.generators.sampling import generate
+from fl_wb.training.distillation import Distillation
+from fl_wb.training.wgan import Training
 from fl_wb.transport import energy_distance
-from fl_wb.variation import variation_bank
-from fl_wb.wgan import Training
 from tests.points import Gaussian, critic, same
 
 TINY = Training(iterations=2, batch_size=8, critic_steps=1, warmup=1)
@@ -207,7 +213,7 @@ def test_the_more_samples_the_more_of_them_are_learned_as_they_are(
         banks.append(variation_bank(*arguments, **settings))
         return banks[-1]
 
-    monkeypatch.setattr(adaptation, "variation_bank", spied)
+    monkeypatch.setattr(fast_adaptation, "variation_bank", spied)
     start = Gaussian((0.0, 0.0))
     for n, mean, share in ((20, 3.0, 0.0), (40, 3.0, 0.5), (200, 3.0, 0.9), (200, 0.0, 0.0)):
         samples = generate(Gaussian((mean, mean)), n, seed=2)
@@ -217,7 +223,7 @@ def test_the_more_samples_the_more_of_them_are_learned_as_they_are(
 
 
 def test_very_many_samples_are_all_drawn_from(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(adaptation, "MANY", 100)  # or all pairs of them would fill the memory
+    monkeypatch.setattr(fast_adaptation, "MANY", 100)  # or all pairs of them would fill the memory
     sorted_samples = torch.cat([few(200, mean=4.0), few(200, mean=-4.0)])
     start = Gaussian((0.0, 0.0))
     settings = Training(iterations=150, batch_size=64, warmup=20, generator_lr=2e-3)

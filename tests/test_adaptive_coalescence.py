@@ -16,7 +16,7 @@ from torch import nn
 
 from fl_wb.barycenter import recursive_barycenter
 from fl_wb.strategies import AdaptiveCoalescence
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import (
     STAGE,
     critic,
@@ -172,7 +172,7 @@ def test_a_killed_server_resumes_from_its_store(
     stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Prepare: a checkpoint after every iteration
-    monkeypatch.setattr("fl_wb.store.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr("fl_wb.persistence.stage_store.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     unbroken, whole = Counter(), Counter(stop_at)
     expected = start(strategy(callback=unbroken), InProcessGrid(app(), nodes=3)).arrays
     with pytest.raises(KeyboardInterrupt):

@@ -1,62 +1,45 @@
-"""The arrows between modules point one way (read from the imports, so that it stays so)."""
+"""The arrows between rooms point one way: the list in CONTRIBUTING.md, held against the imports."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-
-# Lower layers first. A module imports from its own layer and from those below, never from above.
-MATHEMATICS = (
-    {
-        "readers",
-        "hub",
-        "storage",
-        "isolation",
-        "networks",
-        "transport",
-        "checkpoint",
-        "store",
-        "sample_sets",
-    },
-    {
-        "wgan",
-        "distillation",
-        "metrics",
-        "features",
-        "datasets",
-        "mixture",
-        "variation",
-        "rotation",
-        "packing",
-        "screening",
-        "numpy_reader",
-    },
-    {"stage", "barycenter", "adaptation", "ternary", "pairing"},
-)
-LAYERS = (
-    *MATHEMATICS,
-    {"limits", "overrides", "config", "records", "parts", "tracking"},
-    {"strategies", "clients", "results", "task"},
-    {"server_app", "client_app"},
-    {"launcher", "cli", "certificates", "plots"},
-    {"report"},
-)
+FACADES = ("barycenter", "adaptation", "ternary", "metrics")
 
 
-def modules() -> dict[str, list[Path]]:
-    """Return the files of each module of fl_wb, by its name below fl_wb."""
-    files = {path.stem: [path] for path in (ROOT / "fl_wb").glob("*.py") if path.stem[0] != "_"}
-    return files | {name: sorted((ROOT / name).glob("*.py")) for name in ("strategies", "clients")}
+def groups() -> list[list[tuple[str, bool]]]:
+    """Return the groups of rooms as CONTRIBUTING.md lists them: name, and whether Flower's."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    (block,) = re.findall(r"## The house.*?```text\n(.*?)```", text, re.DOTALL)
+    return [
+        [(line.split()[0].removeprefix("fl_wb/"), "(F)" in line) for line in group.splitlines()]
+        for group in block.split("\n\n")
+    ]
 
 
-def imports(paths: list[Path]) -> set[str]:
-    """Return the full names of all that some files import, at any depth."""
+LEVELS = [[room for room, _ in group] for group in groups()]
+ROOMS = [room for level in LEVELS for room in level]
+MATHEMATICS = [room for group in groups() for room, flower in group if not flower]
+
+
+def files(room: str) -> list[Path]:
+    """Return the modules of a room, which may be one module."""
+    if room in ("strategies", "clients"):
+        return sorted((ROOT / room).glob("*.py"))
+    single = ROOT / "fl_wb" / f"{room}.py"
+    return [single] if single.exists() else sorted((ROOT / "fl_wb" / room).glob("*.py"))
+
+
+def imports(room: str) -> set[str]:
+    """Return the full names of all that a room imports, at any depth."""
     names = set()
-    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text("utf-8")))):
+    trees = [ast.parse(path.read_text("utf-8")) for path in files(room)]
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -65,39 +48,57 @@ def imports(paths: list[Path]) -> set[str]:
     return names
 
 
-def within(names: set[str]) -> set[str]:
-    """Return the modules of fl_wb among imported names."""
+def rooms_in(names: set[str]) -> set[str]:
+    """Return the rooms of fl_wb among imported names."""
     return {name.split(".")[1] for name in names if name.startswith("fl_wb.")}
 
 
-def test_every_module_has_a_layer() -> None:
-    assert set().union(*LAYERS) >= set(modules())
+def test_every_module_stands_in_a_room_of_the_list() -> None:
+    there = {path.stem for path in (ROOT / "fl_wb").glob("*.py")} - {"__init__"}
+    there |= {path.parent.name for path in (ROOT / "fl_wb").glob("*/__init__.py")}
+
+    assert there | {"strategies", "clients"} == set(ROOMS)
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_no_module_imports_upwards(module: str) -> None:
-    level = next(level for level, layer in enumerate(LAYERS) if module in layer)
-    above = set().union(*LAYERS[level + 1 :])
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_imports_upwards_or_sideways(room: str) -> None:
+    level = next(i for i, level in enumerate(LEVELS) if room in level)
+    below = {room, *(name for level in LEVELS[:level] for name in level)}
 
-    assert not within(imports(modules()[module])) & above
-
-
-@pytest.mark.parametrize("module", sorted(set().union(*MATHEMATICS)))
-def test_the_mathematics_is_free_of_flower_hydra_and_tensorboard(module: str) -> None:
-    packages = {name.split(".")[0] for name in imports(modules()[module])}
-
-    assert not packages & {"flwr", "hydra", "omegaconf", "tensorboard"}
-    assert not any(
-        name.startswith("torch.utils.tensorboard") for name in imports(modules()[module])
-    )
+    assert rooms_in(imports(room)) <= below
 
 
-def test_strategies_and_clients_meet_only_in_messages() -> None:
-    assert "clients" not in within(imports(modules()["strategies"]))
-    assert "strategies" not in within(imports(modules()["clients"]))
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_facade_is_the_only_way_in(room: str) -> None:
+    inside = {
+        name
+        for name in imports(room)
+        if re.match(rf"fl_wb\.({'|'.join(FACADES)})\.[a-z_]+\.", name)
+    }
+
+    assert {name.split(".")[1] for name in inside} <= {room}
 
 
-@pytest.mark.parametrize("module", sorted(set().union(*MATHEMATICS)))
-def test_files_of_the_mathematics_fit_one_reading(module: str) -> None:
-    for path in modules()[module]:
+@pytest.mark.parametrize("room", MATHEMATICS)
+def test_the_mathematics_is_free_of_flower_hydra_and_tensorboard(room: str) -> None:
+    found = imports(room)
+
+    assert not {name.split(".")[0] for name in found} & {"flwr", "hydra", "omegaconf"}
+    assert not any("tensorboard" in name for name in found)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_are_small(room: str) -> None:
+    assert len([path for path in files(room) if path.stem != "__init__"]) <= 8
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_it_is(room: str) -> None:
+    for path in files(room):
+        assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path
+
+
+@pytest.mark.parametrize("room", MATHEMATICS)
+def test_files_of_the_mathematics_fit_one_reading(room: str) -> None:
+    for path in files(room):
         assert len(path.read_text("utf-8").splitlines()) <= 300, path.name

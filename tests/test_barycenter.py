@@ -13,19 +13,13 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor, nn
 
-from fl_wb.barycenter import (
-    GEODESICS,
-    Stage,
-    mixture_map,
-    optimality_gap,
-    recursive_barycenter,
-)
-from fl_wb.distillation import Distillation
+from fl_wb.barycenter import GEODESICS, Stage, mixture_map, optimality_gap, recursive_barycenter
+from fl_wb.generators.mixture import Mixture, favor_small_parts, mix
+from fl_wb.generators.sampling import generate
 from fl_wb.metrics import energy_distance
-from fl_wb.mixture import Mixture, favor_small_parts, mix
-from fl_wb.networks import generate
+from fl_wb.training.distillation import Distillation
+from fl_wb.training.wgan import Training
 from fl_wb.transport import displacement, wasserstein1
-from fl_wb.wgan import Training
 from tests.points import Gaussian, critic, same
 
 # A higher rate and fewer iterations than the defaults: enough for points in the plane.

@@ -13,16 +13,16 @@ from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
 
 from fl_wb import ternary
+from fl_wb.app.config import compose
+from fl_wb.app.factories import factories, seeded
 from fl_wb.clients import source_train
-from fl_wb.config import compose
-from fl_wb.datasets import load, source_samples, target_samples
-from fl_wb.mixture import Mixture, states_as_mixture
-from fl_wb.networks import generate
-from fl_wb.storage import digest, load_tensors
-from fl_wb.store import StageStore
+from fl_wb.data.datasets import load, source_samples, target_samples
+from fl_wb.generators.mixture import Mixture, states_as_mixture
+from fl_wb.generators.sampling import generate
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.persistence.tensor_files import digest, load_tensors
 from fl_wb.strategies import EdgeOnly, Ensemble, Transfer
-from fl_wb.task import factories, seeded
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.test_simulation import TINY, run_in_process
 from tests.toys import (
     SHAPE,

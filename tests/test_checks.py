@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_wb.strategies import AdaptiveCoalescence
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import STAGE, uploads
 
 

@@ -20,10 +20,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from fl_wb import cli, launcher
-from fl_wb.config import ConfigError, compose, from_run_config
-from fl_wb.launcher import RunFailed, launch, submit
-from fl_wb.readers import DataError
+from fl_wb.app.config import ConfigError, compose, from_run_config
+from fl_wb.commands import cli, launcher
+from fl_wb.commands.launcher import RunFailed, launch, submit
+from fl_wb.data.readers import DataError
 
 Command = Callable[..., list[dict[str, Any]]]
 

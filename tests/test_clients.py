@@ -11,12 +11,13 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from fl_wb import records, ternary
+from fl_wb import ternary
+from fl_wb.app.config import Config
 from fl_wb.client_app import place
 from fl_wb.clients import FastAdaptation, source_train, target_evaluate
 from fl_wb.clients.source import train_source
-from fl_wb.config import Config
-from tests.flower import InProcessGrid
+from fl_wb.messages import keys, records
+from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import (
     ADAPTATION,
     SHAPE,
@@ -211,15 +212,15 @@ def test_a_target_reports_every_step_and_its_packed_generator() -> None:
     content = ask(app, "evaluate").content
 
     # Assert
-    metrics = content.metric_records[records.METRICS]
+    metrics = content.metric_records[keys.METRICS]
     for step in ("barycenter", "adapted", "ternary"):
         for name in ("w1", "frechet", "kid", "energy", "density", "coverage", "memorization"):
             assert isinstance(metrics[f"{step}/{name}"], float)
-    assert metrics[records.WEIGHT] == 6
-    packed = content.config_records[records.INFO][records.TERNARY]
+    assert metrics[keys.WEIGHT] == 6
+    packed = content.config_records[keys.INFO][keys.TERNARY]
     assert isinstance(packed, bytes)
     network = ternary.unpack(packed, generator())
-    pictures = records.to_tensors(content.array_records[records.SAMPLES])
+    pictures = records.to_tensors(content.array_records[keys.SAMPLES])
     assert list(pictures) == ["few", "barycenter", "adapted", "ternary"]
     assert torch.equal(pictures["few"], points(6))
     assert len({len(p.unique()) for p in network.parameters() if p.dim() > 1}) == 1

@@ -10,9 +10,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from fl_wb import config as configuration
-from fl_wb.config import CONF, RULES, Config, ConfigError, compose, from_run_config
-from fl_wb.overrides import option_groups
+from fl_wb.app import config as configuration
+from fl_wb.app.config import CONF, RULES, Config, ConfigError, compose, from_run_config
+from fl_wb.app.overrides import option_groups
 
 
 def test_defaults_are_those_of_the_dataclasses() -> None:

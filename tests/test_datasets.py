@@ -11,8 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_wb.datasets import DataConfig, DataError, held_out, load, source_samples, target_samples
-from fl_wb.readers import read_idx
+from fl_wb.data.datasets import (
+    DataConfig,
+    DataError,
+    held_out,
+    load,
+    source_samples,
+    target_samples,
+)
+from fl_wb.data.readers import read_idx
 
 
 def idx(array: np.ndarray) -> bytes:

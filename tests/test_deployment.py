@@ -17,9 +17,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fl_wb import ternary
-from fl_wb.config import compose
-from fl_wb.storage import digest, load_tensors
-from fl_wb.task import factories
+from fl_wb.app.config import compose
+from fl_wb.app.factories import factories
+from fl_wb.persistence.tensor_files import digest, load_tensors
 from tests.deployment import PATIENCE, Deployment, ended, find, wait
 
 pytestmark = pytest.mark.timeout(900)  # a loaded machine takes three times as long

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb import store
-from fl_wb.distillation import Distillation, distill, pairs_of
-from fl_wb.networks import generate, make_generator
-from fl_wb.store import StageStore
+from fl_wb.generators.networks import make_generator
+from fl_wb.generators.sampling import generate
+from fl_wb.persistence import stage_store
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.training.distillation import Distillation, distill, pairs_of
 from tests.points import Gaussian, Killed, kill_at, same
 
 SHORT = Distillation(iterations=6, batch_size=8)
@@ -85,7 +86,7 @@ def test_the_same_seed_gives_the_same_student():
 
 @pytest.mark.parametrize("killed_at", [1, 4, 6])
 def test_a_resumed_distillation_ends_like_an_unbroken_one(monkeypatch, killed_at: int):
-    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     checkpoint = StageStore().checkpoint("key")
     unbroken, resumed = conv(), conv()
     distill(unbroken, pairs_of(ramp, 4), SHORT)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from fl_wb import numpy_reader, ternary
-from fl_wb.networks import make_generator
-from fl_wb.numpy_reader import PackedFileError, PackedGenerator
-from fl_wb.ternary import Ternarization
+from fl_wb import ternary
+from fl_wb.generators.networks import make_generator
+from fl_wb.ternary import PackedFileError, Ternarization, numpy_reader
+from fl_wb.ternary.numpy_reader import PackedGenerator
 
 # What is packed needs only to be ternary here, not good.
 QUICK = Ternarization(iterations=1)

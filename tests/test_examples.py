@@ -23,7 +23,7 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from fl_wb import ternary
 from fl_wb.clients import FastAdaptation
 from fl_wb.strategies import AdaptiveCoalescence
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.fresh import ROOT
 from tests.toys import ADAPTATION, STAGE, TERNARIZATION
 
@@ -49,10 +49,10 @@ def example(name: str, version: str) -> Iterator[tuple[ModuleType, ModuleType]]:
 @pytest.fixture
 def results(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     """Make every default setting tiny, and collect what strategies return."""
-    monkeypatch.setattr("fl_wb.barycenter.Stage", lambda: STAGE)
-    monkeypatch.setattr("fl_wb.adaptation.Adaptation", lambda: ADAPTATION)
-    monkeypatch.setattr("fl_wb.adaptation.POOL", 100)
-    monkeypatch.setattr("fl_wb.ternary.Ternarization", lambda: TERNARIZATION)
+    monkeypatch.setattr("fl_wb.barycenter.recursion.Stage", lambda: STAGE)
+    monkeypatch.setattr("fl_wb.adaptation.fast_adaptation.Adaptation", lambda: ADAPTATION)
+    monkeypatch.setattr("fl_wb.adaptation.fast_adaptation.POOL", 100)
+    monkeypatch.setattr("fl_wb.ternary.ternarization.Ternarization", lambda: TERNARIZATION)
     found: list[Result] = []
     start = Strategy.start
 
@@ -147,7 +147,7 @@ import sys
 from pathlib import Path
 
 import fl_wb
-from fl_wb.launcher import launch
+from fl_wb.commands.launcher import launch
 
 assert Path(sys.prefix) in Path(fl_wb.__file__).parents
 settings = {"num-server-rounds": 1, "local-epochs": 2}
@@ -188,7 +188,7 @@ def test_the_page_has_every_argument(thing: type) -> None:
 
 def test_the_pages_messages_are_those_of_the_code() -> None:
     folders = (ROOT / "fl_wb", ROOT / "strategies", ROOT / "clients")
-    code = "\n".join(path.read_text("utf-8") for folder in folders for path in folder.glob("*.py"))
+    code = "\n".join(path.read_text("utf-8") for folder in folders for path in folder.rglob("*.py"))
     code = re.sub(r'"\n\s*f?"', "", code)  # strings that go on in the next line
     table = PAGE.split("## Troubleshooting by message")[1]
     flowers = {

@@ -16,9 +16,9 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fl_wb import numpy_reader, packing, records
-from fl_wb.networks import MLPGenerator
-from fl_wb.ternary import ternarize
+from fl_wb.generators.networks import MLPGenerator
+from fl_wb.messages import records
+from fl_wb.ternary import numpy_reader, packing, ternarize
 
 ROUNDS = 2000  # of seeded mutations, each
 SLACK = 2_000_000  # bytes beside a small multiple of the input

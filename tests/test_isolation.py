@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from fl_wb import store
 from fl_wb.adaptation import adapt
-from fl_wb.barycenter import StageStore, recursive_barycenter
-from fl_wb.isolation import copy_of, own_random_numbers
+from fl_wb.barycenter import recursive_barycenter
+from fl_wb.generators.copies import copy_of
+from fl_wb.persistence import stage_store
+from fl_wb.persistence.stage_store import StageStore
 from fl_wb.ternary import ternarize
-from fl_wb.wgan import Training, resample, train_wgan
+from fl_wb.training.random_numbers import own_random_numbers
+from fl_wb.training.wgan import Training, resample, train_wgan
 from tests.points import Killed, kill_at, same
 from tests.toys import ADAPTATION, STAGE, TERNARIZATION
 
@@ -85,7 +87,7 @@ def test_normalised_weights_are_merged_and_adapted_and_dropout_follows_the_seed(
     norm: Callable[[nn.Module], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Prepare
-    monkeypatch.setattr("fl_wb.adaptation.POOL", 100)
+    monkeypatch.setattr("fl_wb.adaptation.fast_adaptation.POOL", 100)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the older ones are deprecated, and in wide use
         generators = [made(seed, lambda: Wrapped(norm)) for seed in (0, 1)]
@@ -114,7 +116,7 @@ def test_dropout_follows_the_seed_in_ternarization() -> None:
 
 
 def test_dropout_is_resumed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     checkpoint = StageStore().checkpoint("key")
     arguments = (made(0, Wrapped), [made(1, critic)], [resample(torch.eye(5))], SHORT)
     unbroken = train_wgan(*arguments)

@@ -9,19 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb import features, sample_sets
-from fl_wb.cli import check
-from fl_wb.config import ConfigError, compose
-from fl_wb.datasets import DataConfig, load, source_samples, target_samples
+from fl_wb.app.config import ConfigError, compose
+from fl_wb.commands.cli import check
+from fl_wb.data.datasets import DataConfig, load, source_samples, target_samples
 from fl_wb.metrics import (
     compare,
     coverage,
     density,
     energy_distance,
     evaluate,
+    features,
     frechet_distance,
     kernel_distance,
     memorization,
+    sample_sets,
     train_features,
 )
 

@@ -23,11 +23,11 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
 )
 
-from fl_wb import records
 from fl_wb.barycenter import recursive_barycenter
 from fl_wb.clients import FastAdaptation
+from fl_wb.messages import records
 from fl_wb.strategies import AdaptiveCoalescence
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import (
     ADAPTATION,
     STAGE,

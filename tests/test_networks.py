@@ -6,17 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb.networks import (
-    CRITICS,
-    GENERATORS,
-    MLPCritic,
-    generate,
-    input_gradient,
-    latent_dim_of,
-    make_critic,
-    make_generator,
-    sampling,
-)
+from fl_wb.generators.networks import CRITICS, GENERATORS, MLPCritic, make_critic, make_generator
+from fl_wb.generators.sampling import generate, input_gradient, latent_dim_of, sampling
 from tests.points import Gaussian, same
 
 SHAPES = {

@@ -9,11 +9,11 @@ import pytest
 from flwr.app import Context, RecordDict
 from PIL import Image
 
-from fl_wb.certificates import make
+from fl_wb.app.config import compose
 from fl_wb.client_app import place
-from fl_wb.config import compose
-from fl_wb.datasets import load_own
-from fl_wb.readers import DataError
+from fl_wb.commands.certificates import make
+from fl_wb.data.datasets import load_own
+from fl_wb.data.readers import DataError
 
 
 def folder_of(path: Path, seed: int, size: int = 8) -> Path:

@@ -19,7 +19,7 @@ import fl_wb
 import fl_wb.clients
 import fl_wb.strategies
 from fl_wb import client_app, server_app
-from fl_wb.config import compose
+from fl_wb.app.config import compose
 
 root = Path(sys.argv[1])
 for module in (fl_wb, fl_wb.strategies, fl_wb.clients, server_app, client_app):

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from fl_wb.networks import generate, make_generator
-from fl_wb.numpy_reader import parse
-from fl_wb.packing import PackedFileError, load, pack, save, unpack
-from fl_wb.ternary import Ternarization, ternarize
+from fl_wb.generators.networks import make_generator
+from fl_wb.generators.sampling import generate
+from fl_wb.ternary import PackedFileError, Ternarization, load, pack, save, ternarize, unpack
+from fl_wb.ternary.numpy_reader import parse
 from tests.points import same
 
 SHA = 32

@@ -12,12 +12,13 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from torch import nn
 
-from fl_wb import parts, ternary
+from fl_wb import ternary
 from fl_wb.barycenter import recursive_barycenter
 from fl_wb.clients import FastAdaptation
-from fl_wb.pairing import fit_encoder
+from fl_wb.messages import generator_part
 from fl_wb.strategies import AdaptiveCoalescence
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
+from fl_wb.training.encoder import fit_encoder
 from tests.toys import ADAPTATION, STAGE, TERNARIZATION, reply
 
 KEYS = ("fc3.", "decoder.")
@@ -29,7 +30,7 @@ State = dict[str, torch.Tensor]
 @pytest.fixture(autouse=True)
 def _small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapt with few samples of the start: their number is no concern of these tests."""
-    monkeypatch.setattr("fl_wb.adaptation.POOL", 100)
+    monkeypatch.setattr("fl_wb.adaptation.fast_adaptation.POOL", 100)
 
 
 class Net(nn.Module):
@@ -151,7 +152,7 @@ def test_what_stands_before_a_generators_own_names(
     names: list[str], own: list[str], head: str
 ) -> None:
     arrays = ArrayRecord({name: torch.zeros(1) for name in names})
-    found, before = parts.own(arrays, own)
+    found, before = generator_part.own(arrays, own)
     assert before == head
     assert list(found) == [name.removeprefix(head) for name in names]
 
@@ -159,7 +160,7 @@ def test_what_stands_before_a_generators_own_names(
 def test_a_prefix_of_nothing_is_answered_with_those_that_there_are() -> None:
     arrays = ArrayRecord({f"m.{name}": torch.zeros(1) for name in ("g.0.weight", "d.1.bias", "x")})
     with pytest.raises(ValueError, match=r"'g.'; the model's begin with m.d., m.g., m.x$"):
-        parts.split(arrays, ("g.",))
+        generator_part.split(arrays, ("g.",))
 
 
 def test_an_upload_whose_other_arrays_are_bad_is_dropped_whole() -> None:

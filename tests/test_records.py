@@ -11,7 +11,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import nn
 
-from fl_wb.records import InvalidUpload, check_samples, like, load, to_arrays, validate
+from fl_wb.messages.records import InvalidUpload, check_samples, like, load, to_arrays, validate
 
 
 def network() -> nn.Module:

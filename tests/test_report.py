@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fl_wb import report
-from fl_wb.config import compose
-from fl_wb.report import markdown, read
+from fl_wb.app.config import compose
+from fl_wb.commands import report
+from fl_wb.commands.report import markdown, read
 from tests.test_simulation import run_in_process
 
 NAMES = ("w1", "frechet", "kid", "energy", "density", "coverage", "memorization")

@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, Result
 
 from fl_wb.strategies import AdaptiveCoalescence, RoleFedAvg
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import STAGE, answers_role, critic, evaluates, generator, initial_arrays, uploads
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb.networks import generate, make_generator
-from fl_wb.rotation import nearest_rotation, turned
+from fl_wb.generators.networks import make_generator
+from fl_wb.generators.sampling import generate
 from fl_wb.ternary import Ternary
+from fl_wb.ternary.rotation import nearest_rotation, turned
 from fl_wb.transport import energy_distance
 from tests.points import same
 

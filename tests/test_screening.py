@@ -10,9 +10,9 @@ import torch
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from fl_wb.screening import outliers, sliced_wasserstein
+from fl_wb.messages.screening import outliers, sliced_wasserstein
 from fl_wb.strategies import AdaptiveCoalescence
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import STAGE, critic, generator, initial_arrays, reply, seeded_state
 
 HOSTILE = (12, 15)

@@ -13,13 +13,13 @@ import torch
 from flwr.app import Context, Message, RecordDict
 
 from fl_wb import ternary
+from fl_wb.app.config import compose
+from fl_wb.app.factories import factories
 from fl_wb.client_app import app as client_app
-from fl_wb.config import compose
-from fl_wb.records import check_samples
+from fl_wb.messages.records import check_samples
+from fl_wb.persistence.tensor_files import load_tensors
 from fl_wb.server_app import app as server_app
-from fl_wb.storage import load_tensors
-from fl_wb.task import factories
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 
 TINY = [
     "network.width=16",

@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_wb.storage import StorageError, digest, load_tensors, save_tensors, write_atomic
+from fl_wb.persistence.tensor_files import (
+    StorageError,
+    digest,
+    load_tensors,
+    save_tensors,
+    write_atomic,
+)
 
 STATE = {
     "weight": torch.arange(6.0).reshape(2, 3),

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb import store
-from fl_wb.barycenter import Stage, StageStore, recursive_barycenter
-from fl_wb.distillation import Distillation
-from fl_wb.networks import MLPCritic, make_generator
-from fl_wb.storage import load_tensors, save_tensors
-from fl_wb.wgan import Progress, Training
+from fl_wb.barycenter import Stage, recursive_barycenter
+from fl_wb.generators.networks import MLPCritic, make_generator
+from fl_wb.persistence import stage_store
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.persistence.tensor_files import load_tensors, save_tensors
+from fl_wb.training.distillation import Distillation
+from fl_wb.training.wgan import Progress, Training
 from tests.points import Killed, critic, kill_at, same
 
 STAGE = Stage(
@@ -28,7 +29,7 @@ STATE = {"a": torch.ones(2), "b": torch.tensor(3)}
 
 @pytest.fixture(autouse=True)
 def _checkpoint_every_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
 
 
 def normalised() -> nn.Module:
@@ -97,7 +98,7 @@ def test_a_barycenter_killed_again_and_again_ends_all_the_same(tmp_path: Path):
 
 
 def test_between_checkpoints_only_what_was_not_saved_is_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 1e9)
+    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 1e9)
     with pytest.raises(Killed):
         merge(tmp_path, callback=kill_at(PER_STAGE + 2))
     resumed, iterations = count(tmp_path)
@@ -213,7 +214,7 @@ def test_a_full_disk_costs_the_entries_and_not_the_run(tmp_path, monkeypatch, ca
     def disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "save_tensors", disk_full)
+    monkeypatch.setattr(stage_store, "save_tensors", disk_full)
     nu = merge(tmp_path)
     assert same(nu, merge(None))
     assert "could not be saved" in caplog.text and "No space left" in caplog.text
@@ -235,7 +236,7 @@ def test_a_folder_turned_read_only_costs_no_run(tmp_path, monkeypatch, caplog):
 
     for name in ("unlink", "replace"):
         monkeypatch.setattr(Path, name, read_only)
-    monkeypatch.setattr(store, "save_tensors", read_only)
+    monkeypatch.setattr(stage_store, "save_tensors", read_only)
     nu, iterations = count(tmp_path, 3)
     assert iterations == PER_STAGE and same(nu, merge(None, 3))
 
@@ -286,8 +287,8 @@ def test_set_aside(empty: StageStore, caplog):
 
 def test_a_checkpoint_is_due_after_some_seconds(empty: StageStore, monkeypatch):
     now = 0.0
-    monkeypatch.setattr(store.time, "monotonic", lambda: now)
-    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 10.0)
+    monkeypatch.setattr(stage_store.time, "monotonic", lambda: now)
+    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 10.0)
     checkpoint = empty.checkpoint("key")
     assert checkpoint.load() is None and not checkpoint.due()
     now = 10.0

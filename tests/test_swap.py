@@ -10,7 +10,7 @@ import torch
 from flwr.app import Context, RecordDict
 from flwr.serverapp.strategy import Result
 
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 
 SOURCE = Path(__file__).with_name("plain_flower_app.py").read_text(encoding="utf-8")
 

@@ -11,17 +11,10 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from fl_wb.networks import generate, make_generator
-from fl_wb.ternary import (
-    Ternarization,
-    Ternary,
-    _fold_statistics,
-    mean_above,
-    pack,
-    ternarizable,
-    ternarize,
-    unpack,
-)
+from fl_wb.generators.networks import make_generator
+from fl_wb.generators.sampling import generate
+from fl_wb.ternary import Ternarization, Ternary, pack, ternarizable, ternarize, unpack
+from fl_wb.ternary.ternarization import _fold_statistics, mean_above
 from fl_wb.transport import energy_distance
 from tests.points import same
 

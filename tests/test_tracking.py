@@ -13,8 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fl_wb import tracking
-from fl_wb.tracking import Tracker, progress, sample_grid, save_grid, summary_table
+from fl_wb.reporting import progress as progress_module
+from fl_wb.reporting import tracker as tracker_module
+from fl_wb.reporting.pictures import sample_grid, save_grid
+from fl_wb.reporting.progress import progress
+from fl_wb.reporting.tables import summary_table
+from fl_wb.reporting.tracker import Tracker
 
 
 def picture(png: bytes) -> np.ndarray:
@@ -108,7 +112,7 @@ def test_full_disk_costs_the_artefact_not_the_run(tmp_path, monkeypatch, lines):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     tracker = Tracker(tmp_path)
-    monkeypatch.setattr(tracking, "write_atomic", full)
+    monkeypatch.setattr(tracker_module, "write_atomic", full)
     monkeypatch.setattr(tracker._events, "add_scalar", full)
     for step in range(3):
         tracker.scalar("loss", 0.5, step)
@@ -130,7 +134,7 @@ def test_samples_that_are_no_images_cost_only_the_picture(tmp_path, lines):
 
 def test_progress_logs_every_few_seconds_and_at_the_end(monkeypatch, lines):
     now = [0.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     show = progress("adapting")
     for _ in range(2):  # one callback serves one training after the other
         for done in range(1, 21):
@@ -145,7 +149,7 @@ def test_progress_logs_every_few_seconds_and_at_the_end(monkeypatch, lines):
 
 def test_progress_counts_the_seconds_of_a_training_that_was_resumed(monkeypatch, lines):
     now = [0.0]
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     show = progress("merging")
     now[0] = 60.0  # until it has something to show
     for done in (17, 18, 20):
@@ -160,7 +164,7 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(tracking.sys, "stderr", terminal := Terminal())
+    monkeypatch.setattr(progress_module.sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("TERM", "xterm")
     show = progress("merging")
     for _ in range(2):

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import Result
 from fl_wb.barycenter import recursive_barycenter
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.strategies.uploads import KEPT, Upload, Uploads
-from tests.flower import InProcessGrid
+from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import (
     STAGE,
     critic,

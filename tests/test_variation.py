@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fl_wb.networks import generate
+from fl_wb.adaptation import transport_pairs, variation_bank
+from fl_wb.generators.sampling import generate
 from fl_wb.transport import energy_distance
-from fl_wb.variation import transport_pairs, variation_bank
 from tests.points import Gaussian
 
 

@@ -8,18 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb import store
-from fl_wb.networks import MLPCritic, generate, make_critic, make_generator
-from fl_wb.store import StageStore
-from fl_wb.transport import wasserstein1
-from fl_wb.wgan import (
-    MovingAverage,
+from fl_wb.generators.networks import MLPCritic, make_critic, make_generator
+from fl_wb.generators.sampling import generate
+from fl_wb.persistence import stage_store
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.training.wgan import (
     Training,
     critic_loss,
     distance_to,
+    moving_average,
     resample,
     train_wgan,
 )
+from fl_wb.transport import wasserstein1
 from tests.points import Gaussian, Killed, critic, kill_at, same
 
 SHORT = Training(iterations=6, batch_size=8, critic_steps=2, warmup=1)
@@ -116,7 +117,7 @@ def test_the_arguments_are_left_alone(mode: bool):
 @pytest.mark.parametrize("killed_at", [1, 3, 6])
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_resumed_training_ends_like_an_unbroken_one(monkeypatch, n: int, killed_at: int):
-    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     checkpoint = StageStore().checkpoint("key")
     reals = [resample(images())] * n
     unbroken = train_wgan(conv(), image_critics(n), reals, SHORT)
@@ -146,14 +147,14 @@ def test_a_resumed_training_ends_like_an_unbroken_one(monkeypatch, n: int, kille
 
 
 def test_one_checkpoint_can_be_resumed_twice(monkeypatch):
-    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     memory = StageStore()
     arguments = (conv(), image_critics(1), [resample(images())], SHORT)
     unbroken = train_wgan(*arguments)
     with pytest.raises(Killed):
         train_wgan(*arguments, checkpoint=memory.checkpoint("key"), callback=kill_at(2))
     # the second attempt is killed before it saves anything
-    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 1e9)
+    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 1e9)
     with pytest.raises(Killed):
         train_wgan(*arguments, checkpoint=memory.checkpoint("key"), callback=kill_at(3))
 
@@ -163,7 +164,7 @@ def test_one_checkpoint_can_be_resumed_twice(monkeypatch):
 
 
 def test_a_checkpoint_of_other_networks_is_discarded(monkeypatch):
-    monkeypatch.setattr(store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
+    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     checkpoint = StageStore().checkpoint("key")
     train_wgan(
         Gaussian((0.0, 0.0)),
@@ -285,25 +286,26 @@ def test_resample_draws_every_row_with_replacement():
 
 def test_moving_average():
     module = nn.BatchNorm1d(2)
-    average = MovingAverage(module, decay=0.5)
+    average = moving_average(module, decay=0.5)
     with torch.no_grad():
         for t, value in enumerate((2.0, 4.0)):
             module.weight.fill_(value)
             module.running_mean.fill_(value)
             module.num_batches_tracked.fill_(t + 1)
-            average.update(module, t)
+            average.update_parameters(module)
     # decays (t+1)/(t+10) until 0.5 is reached: 1/10, 2/11
     first = 0.1 * 1 + 0.9 * 2
     second = 2 / 11 * first + 9 / 11 * 4
-    torch.testing.assert_close(average.average.weight, torch.full((2,), second))
+    torch.testing.assert_close(average.module.weight, torch.full((2,), second))
     mean = 2 / 11 * (0.9 * 2) + 9 / 11 * 4
-    torch.testing.assert_close(average.average.running_mean, torch.full((2,), mean))
-    assert average.average.num_batches_tracked == 2
+    torch.testing.assert_close(average.module.running_mean, torch.full((2,), mean))
+    assert average.module.num_batches_tracked == 2
     with torch.no_grad():
         module.weight.fill_(0.0)
-        before = average.average.weight.clone()
-        average.update(module, t=1000)
-    torch.testing.assert_close(average.average.weight, before / 2)
+        before = average.module.weight.clone()
+        average.n_averaged.fill_(1000)
+        average.update_parameters(module)
+    torch.testing.assert_close(average.module.weight, before / 2)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from torch import nn
 
 from fl_wb.adaptation import Adaptation
 from fl_wb.barycenter import Stage
-from fl_wb.distillation import Distillation
-from fl_wb.networks import MLPCritic, MLPGenerator
+from fl_wb.generators.networks import MLPCritic, MLPGenerator
 from fl_wb.ternary import Ternarization
-from fl_wb.wgan import Training
+from fl_wb.training.distillation import Distillation
+from fl_wb.training.wgan import Training
 
 SHAPE = (1, 4, 4)
 STAGE = Stage(

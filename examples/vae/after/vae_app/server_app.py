@@ -4,8 +4,8 @@ import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
-from fl_wb.pairing import fit_encoder
 from fl_wb.strategies import AdaptiveCoalescence
+from fl_wb.training.encoder import fit_encoder
 from vae_app.task import LATENT, Net, load_data
 from vae_app.task import test as test_net
 

@@ -1,0 +1,19 @@
+"""Fast adaptation of a generator to a few samples.
+
+Imports `training` and what lies below it.
+"""
+
+from __future__ import annotations
+
+from fl_wb.adaptation.fast_adaptation import METHODS, POOL, Adaptation, adapt, choose_anchor
+from fl_wb.adaptation.variation import transport_pairs, variation_bank
+
+__all__ = [
+    "METHODS",
+    "POOL",
+    "Adaptation",
+    "adapt",
+    "choose_anchor",
+    "transport_pairs",
+    "variation_bank",
+]

@@ -1,0 +1,34 @@
+"""What server and clients of a run derive alike from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fl_wb.app.config import Config
+from fl_wb.data import datasets
+from fl_wb.generators.networks import make_critic, make_generator
+
+
+def factories(config: Config) -> tuple[Callable[[], nn.Module], Callable[[], nn.Module]]:
+    """Return what makes a run's generators and critics, which fit its data."""
+    shape, network = datasets.image_shape(config.data), config.network
+
+    def generator() -> nn.Module:
+        return make_generator(
+            network.generator, shape, latent_dim=network.latent_dim, width=network.width
+        )
+
+    def critic() -> nn.Module:
+        return make_critic(network.critic, shape, width=network.width)
+
+    return generator, critic
+
+
+def seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Make a network whose initial weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return factory()

@@ -1,0 +1,185 @@
+"""`fl-wb [overrides]`: Hydra in front of `flwr run`, simulated or with `superlink=NAME` deployed.
+
+`fl-wb data=mnist data.root=FOLDER` is one run, `fl-wb -m seed=0,1,2` a sweep; the output folder is
+Hydra's run directory. Settings, data and networks are checked before anything starts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import hydra
+import torch
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from fl_wb.app.config import CONF, Config, ConfigError, check_absolute, compose
+from fl_wb.app.overrides import parse
+from fl_wb.commands.launcher import RunFailed, launch, submit
+from fl_wb.data import datasets
+from fl_wb.data.readers import DataError
+from fl_wb.generators.networks import make_critic, make_generator
+from fl_wb.metrics import inception_features
+from fl_wb.reporting.tables import summary_table
+
+# What the runs of one command came to (Hydra's own return values end with the first failure).
+_outputs: list[tuple[list[str], Path]] = []
+_failures: list[str] = []
+
+
+def main() -> None:
+    """Run the command line interface."""
+    arguments = get_args_parser().parse_args()
+    try:
+        for overrides in runs(arguments.overrides, sweep=arguments.multirun):
+            check(compose(overrides))
+    except (ConfigError, DataError) as error:
+        sys.exit(f"fl-wb: {error}")
+    try:
+        _job()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports Ctrl-C
+    if arguments.multirun and _outputs:
+        print(report(_outputs))
+    if _failures:
+        sys.exit("\n".join(f"fl-wb: {failure}" for failure in _failures))
+
+
+@hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name="config")
+def _job(_: DictConfig) -> None:
+    job = HydraConfig.get()
+    overrides = list(job.overrides.task)
+    config = compose(overrides)
+    output = Path(config.output or job.runtime.output_dir).expanduser().resolve()
+    try:
+        if config.superlink is not None:
+            # Folders are those of the SuperLink's machine, which may be another one.
+            settings = {"overrides": shlex.join(overrides), "output": config.output or ""}
+            submit(settings, config.superlink)
+        else:
+            _simulate(overrides, config, output)
+        _outputs.append((list(job.overrides.task), output))
+    except (RunFailed, OSError) as error:
+        _failures.append(f"{output}: {error}")
+        if job.mode is RunMode.MULTIRUN:
+            print(f"fl-wb: {error}; going on with the sweep", file=sys.stderr)
+
+
+def _simulate(overrides: list[str], config: Config, output: Path) -> None:
+    if config.data.root is not None:
+        # Nodes work in directories of their own.
+        root = str(Path(config.data.root).expanduser().resolve()).replace("'", "\\'")
+        overrides = [*overrides, f"data.root='{root}'"]
+    output.mkdir(parents=True, exist_ok=True)
+    nodes = len(config.data.sources) + len(config.data.targets)
+    launch(
+        {"overrides": shlex.join(overrides), "output": str(output)},
+        nodes=nodes,
+        log=output / "superlink.log",
+        gpus=1 / nodes if config.device.startswith("cuda") else 0.0,
+    )
+
+
+def runs(overrides: Sequence[str], *, sweep: bool) -> Iterator[list[str]]:
+    """Yield the overrides of each run that a command line asks for, without Hydra's own.
+
+    Raises
+    ------
+    ConfigError
+        If an override cannot be parsed.
+    """
+    choices = []
+    for override in parse(overrides):
+        key = override.get_key_element()
+        if key.lstrip("+~").startswith(("hydra.", "hydra/")):
+            continue
+        if sweep and key == "output":
+            raise ConfigError("output would be one folder for all runs; set hydra.sweep.dir")
+        if sweep and override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                continue  # an interval, for a sweeper that draws from it
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    yield from map(list, itertools.product(*choices))
+
+
+def report(outputs: Sequence[tuple[Sequence[str], Path]]) -> str:
+    """Return the table of a sweep: each setting's figures, as means over its seeds.
+
+    Parameters
+    ----------
+    outputs : sequence of (overrides, folder)
+        The runs that completed.
+    """
+    rows: dict[str, list[Mapping[str, float | None]]] = {}
+    shared = set.intersection(*(set(overrides) for overrides, _ in outputs))
+    for overrides, folder in outputs:
+        own = [text for text in overrides if text not in shared and not text.startswith("seed=")]
+        file = folder / "metrics.json"
+        if not file.exists():  # a full disk; the run has said so
+            continue
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+        for step, figures in metrics["final"].items():
+            rows.setdefault(" ".join([*own, step]), []).append(figures)
+    means = {}
+    for title, runs_ in rows.items():
+        found = {
+            name: [value for figures in runs_ if (value := figures.get(name)) is not None]
+            for name in runs_[0]
+        }
+        means[title] = {name: fmean(values) for name, values in found.items() if values}
+    return f"Means of {len(outputs)} runs, by setting:\n{summary_table(means)}"
+
+
+def check(config: Config) -> None:
+    """Refuse data, networks and devices that this machine could not run.
+
+    Raises
+    ------
+    ConfigError, DataError
+        Naming the setting and what is wrong with it.
+    """
+    if config.superlink is not None:
+        # What other machines have cannot be seen from here, nor what their folders hold.
+        check_absolute(config)
+        if config.data.shape is None and config.data.name != "digits":
+            return
+    else:
+        _check_machine(config)
+    shape, network = datasets.image_shape(config.data), config.network
+    try:
+        make_generator(network.generator, shape, latent_dim=network.latent_dim, width=network.width)
+        make_critic(network.critic, shape, width=network.width)
+    except ValueError as error:
+        raise ConfigError(f"network.generator={network.generator!r}: {error}") from error
+
+
+def _check_machine(config: Config) -> None:
+    """Refuse a device that is not here, and data that does not suffice for all nodes."""
+    if config.nodes is not None:
+        raise ConfigError("nodes=... is for a superlink; a simulation has those of data.*")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={config.device!r}: there is no CUDA device here; use cpu")
+    if config.client.features == "inception":
+        try:
+            inception_features()
+        except (ImportError, OSError) as error:
+            raise ConfigError(f"client.features=inception: {error}") from error
+    for index in range(len(config.data.sources)):
+        datasets.source_samples(config.data, index)
+    for index in range(len(config.data.targets)):
+        datasets.target_samples(config.data, index)
+        datasets.held_out(config.data, config.data.targets[index])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Reading images through flwr-datasets: CIFAR, LSUN and whatever else is on the Hugging Face Hub.
+
+Who gets which image is decided in `fl_wb.data.datasets`, as for all other data; flwr-datasets
+brings the whole. It is an extra: pip install "fl-wb[datasets]".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fl_wb.data.readers import Bytes, DataError, Labels
+
+TEST_SPLITS = ("test", "validation", "valid")
+
+
+def read_hub(
+    dataset: str, shape: Sequence[int] = (), limit: int | None = None
+) -> list[tuple[Bytes, Labels]]:
+    """Read the training part of a data set, and its test part where it has one.
+
+    The images are the first column of images, the classes the first one of class labels (a
+    ``label`` of integers will do; of CIFAR-100's two, the fine ones). Where there is none, all are
+    of class 0.
+
+    Parameters
+    ----------
+    dataset : str
+        Its name on the Hugging Face Hub, such as "uoft-cs/cifar10", or a folder in the same format.
+    shape : sequence of int, optional
+        (c, h, w) to bring images to: cropped at their centre to the ratio of its sides, then
+        scaled. Without: they are of one size, and stay as they are.
+    limit : int, optional
+        Read no more images than this of each part.
+
+    Returns
+    -------
+    list[tuple[Bytes, Labels]]
+        Images (n, c, h, w) and labels (n,) of each part.
+
+    Raises
+    ------
+    DataError
+        If flwr-datasets is not installed, or the data cannot be had, or holds no images.
+    """
+    try:
+        from flwr_datasets import FederatedDataset
+    except ImportError as error:
+        raise DataError(
+            f"data.dataset={dataset!r} is read by flwr-datasets, which is not installed: "
+            'pip install "fl-wb[datasets]"'
+        ) from error
+    # Shuffled, so that the first `limit` are of all classes; always alike.
+    federated = FederatedDataset(dataset=dataset, partitioners={}, shuffle=True, seed=2101)
+    try:
+        parts = [federated.load_split("train")]
+    except Exception as error:  # a download, a cache, a parser: each has exceptions of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"data.dataset={dataset!r} cannot be read: {reason}") from error
+    for split in TEST_SPLITS:
+        try:
+            parts.append(federated.load_split(split))
+            break
+        except ValueError:  # there is no such part
+            continue
+    return [_part(part, dataset, shape, limit) for part in parts]
+
+
+def _part(part: Any, dataset: str, shape: Sequence[int], limit: int | None) -> tuple[Bytes, Labels]:
+    images = _column(part, "Image")
+    if images is None:
+        raise DataError(
+            f"data.dataset={dataset!r} has no column of images, only {', '.join(part.features)}"
+        )
+    if limit is not None and len(part) > limit:
+        part = part.select(range(limit))
+    names = _column(part, "ClassLabel") or ("label" if "label" in part.features else None)
+    labels = np.zeros(len(part), np.int64) if names is None else np.asarray(part[names], np.int64)
+    return _stack(part[images], dataset, shape), labels
+
+
+def _column(part: Any, kind: str) -> str | None:
+    """Return the first column of a kind, by the name of the kind's class in `datasets`."""
+    found = (name for name, feature in part.features.items() if type(feature).__name__ == kind)
+    return next(found, None)
+
+
+def _stack(pictures: Iterable[Any], dataset: str, shape: Sequence[int]) -> Bytes:
+    from PIL import ImageOps
+
+    arrays = []
+    for picture in pictures:
+        grey = shape[0] == 1 if shape else picture.mode in ("1", "L", "LA", "I", "I;16", "F")
+        picture = picture.convert("L" if grey else "RGB")
+        if shape:
+            picture = ImageOps.fit(picture, (shape[2], shape[1]))
+        pixels = np.asarray(picture, np.uint8)
+        arrays.append(pixels[None] if grey else pixels.transpose(2, 0, 1))
+    if len({array.shape for array in arrays}) != 1:
+        raise DataError(
+            f"data.dataset={dataset!r} has images of several sizes: set data.shape, such as "
+            "[3,32,32], to bring them to one"
+        )
+    return np.stack(arrays)

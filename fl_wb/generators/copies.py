@@ -1,0 +1,18 @@
+"""Keeping a training apart from its caller: copies of modules, random numbers of its own."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from torch import Tensor, nn
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """Copy a module, also one that keeps tensors of its last forward pass.
+
+    ``torch.nn.utils.weight_norm`` does, and many a user's network that remembers an activation;
+    ``copy.deepcopy`` alone refuses tensors that are part of a graph.
+    """
+    kept = (value for part in module.modules() for value in vars(part).values())
+    graph = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    return deepcopy(module, dict(graph))  # the memo: what stands in for each

@@ -1,0 +1,88 @@
+"""How a generator, anybody's, is sampled: its latents, its mode, its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def check_factory(name: str, factory: object) -> None:
+    """Raise TypeError unless a network is given as a function that makes it."""
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise TypeError(
+            f"{name} must be a factory, a function without arguments that makes the {name}, "
+            f"not {type(factory).__name__}"
+        )
+
+
+def latent_dim_of(generator: nn.Module, latent_dim: int | None = None) -> int:
+    """Return the generator's latent dimension: the argument, or else its attribute.
+
+    Raises
+    ------
+    ValueError
+        If neither says it.
+    """
+    found = latent_dim if latent_dim is not None else getattr(generator, "latent_dim", None)
+    if not isinstance(found, int) or found < 1:
+        raise ValueError(
+            f"the latent dimension of {type(generator).__name__} is unknown (got {found!r}): give "
+            "the generator an integer attribute `latent_dim`, or pass `latent_dim=`"
+        )
+    return found
+
+
+@contextmanager
+def sampling(generator: nn.Module) -> Iterator[nn.Module]:
+    """Put a generator in the mode in which it is sampled (eval, no graph), then restore it."""
+    training = generator.training
+    generator.eval()
+    try:
+        with torch.no_grad():
+            yield generator
+    finally:
+        generator.train(training)
+
+
+def generate(
+    generator: nn.Module,
+    n: int,
+    *,
+    seed: int = 0,
+    latent_dim: int | None = None,
+    batch_size: int = 1000,
+) -> Tensor:
+    """Draw n samples from a generator, the same for the same seed.
+
+    Returns
+    -------
+    Tensor
+        Samples (n, ...) on the CPU.
+    """
+    dim, device = latent_dim_of(generator, latent_dim), device_of(generator)
+    rng = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, dim, generator=rng)
+    with sampling(generator):
+        return torch.cat([generator(part.to(device)).cpu() for part in z.split(batch_size)])
+
+
+def input_gradient(critic: nn.Module, x: Tensor) -> Tensor:
+    """Gradient (n, ...) of each sample's score at x (n, ...), differentiable by the weights.
+
+    By the critic's own method ``input_gradient`` where it has one, else by autograd.
+    """
+    written_out: Callable[[Tensor], Tensor] | None = getattr(critic, "input_gradient", None)
+    if written_out is not None:
+        return written_out(x)
+    x = x.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return gradient
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Device of a module's first parameter (the CPU if it has none)."""
+    first = next(module.parameters(), None)
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,19 @@
+"""The keys of what messages carry; `strategies/` and `clients/` share these."""
+
+from __future__ import annotations
+
+# Keys of the records in a message (the first three are Flower's own defaults).
+ARRAYS = "arrays"
+CRITIC = "critic"  # ArrayRecord beside the generator's, where a run asks for it
+CONFIG = "config"
+METRICS = "metrics"
+INFO = "info"  # ConfigRecord of a reply: PARTITION and, from a target, TERNARY
+SAMPLES = "samples"  # ArrayRecord of an evaluate reply: a few pictures, by name
+
+# Keys inside these records.
+WEIGHT = "num-examples"
+PARTITION = "partition"
+TERNARY = "ternary"
+ROLE = "role"
+SOURCE, TARGET, BOTH, NONE = "source", "target", "both", "none"
+ROLES = (SOURCE, TARGET, BOTH, NONE)

@@ -1,0 +1,40 @@
+"""The figures that judge a generator, and the features in which some of them are taken.
+
+Imports `generators`, `persistence` and `transport`.
+"""
+
+from __future__ import annotations
+
+from fl_wb.metrics.features import Features, inception_features, train_features
+from fl_wb.metrics.figures import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    Evaluation,
+    Reference,
+    compare,
+    coverage,
+    density,
+    energy_distance,
+    evaluate,
+    frechet_distance,
+    kernel_distance,
+    memorization,
+)
+
+__all__ = [
+    "HIGHER_IS_BETTER",
+    "LOWER_IS_BETTER",
+    "Evaluation",
+    "Features",
+    "Reference",
+    "compare",
+    "coverage",
+    "density",
+    "energy_distance",
+    "evaluate",
+    "frechet_distance",
+    "inception_features",
+    "kernel_distance",
+    "memorization",
+    "train_features",
+]

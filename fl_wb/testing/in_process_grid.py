@@ -1,0 +1,132 @@
+"""Flower in one process: a Grid that calls ClientApps directly, for tests.
+
+Messages go through Flower's own wire format both ways. The one private API that this needs, the
+identity of the task that makes messages, is set here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID, SUPERLINK = 7, 1
+Fault = Callable[[Message], bool]
+
+
+@dataclass
+class Node:
+    """A node: its app, its context (kept between messages), and how it fails, if it does."""
+
+    app: ClientApp
+    context: Context
+    killed: Fault = lambda message: False
+    silent: Fault = lambda message: False
+    received: list[str] = field(default_factory=list)
+
+
+class InProcessGrid(Grid):
+    """Nodes that join, leave, raise, die or stay silent, without a SuperLink.
+
+    Parameters
+    ----------
+    app : ClientApp
+        What every node runs unless `add` is given another one.
+    nodes : int
+        How many nodes are there at first; their ids are 11, 12, ...
+    run_config : mapping, optional
+        Every node's ``context.run_config``.
+    """
+
+    def __init__(
+        self, app: ClientApp, nodes: int = 0, run_config: Mapping[str, Any] | None = None
+    ) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SUPERLINK, 1
+        self.app, self.run_config = app, dict(run_config or {})
+        self.nodes: dict[int, Node] = {}
+        self.before_send: Callable[[list[Message]], None] = lambda messages: None
+        self.reverse = False  # replies come back in the opposite order
+        for index in range(nodes):
+            self.add({"partition-id": index, "num-partitions": nodes})
+
+    def add(
+        self,
+        node_config: Mapping[str, Any],
+        node_id: int | None = None,
+        app: ClientApp | None = None,
+    ) -> int:
+        """Connect a node; returns its id."""
+        node_id = node_id if node_id is not None else 11 + len(self.nodes)
+        context = Context(RUN_ID, node_id, dict(node_config), RecordDict(), self.run_config)
+        self.nodes[node_id] = Node(app or self.app, context)
+        return node_id
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of connected nodes."""
+        return list(self.nodes)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Have every addressed node handle its message; faulty nodes answer as Flower's would."""
+        sent = list(messages)
+        self.before_send(sent)
+        replies = []
+        for message in sent:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            node = self.nodes[message.metadata.dst_node_id]
+            node.received.append(message.metadata.message_type)
+            if node.silent(message):
+                continue
+            replies.append(self._handle(node, message))
+        return replies[::-1] if self.reverse else replies
+
+    @staticmethod
+    def _handle(node: Node, message: Message) -> Message:
+        if node.killed(message):
+            reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = SUPERLINK  # as the SuperLink itself answers
+            return reply
+        try:
+            reply = node.app(through_the_wire(message), node.context)
+        except Exception as error:
+            reason = f"{type(error)}:<'{error}'>"
+            code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            return Message(Error(code, reason), reply_to=message)
+        return through_the_wire(reply)
+
+    # What strategies never call:
+    run = property(lambda self: None)  # type: ignore[assignment]
+
+    def set_run(self, run: Any) -> None:
+        """Do nothing: there is one run."""
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Refuse: messages are made by their own constructor."""
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Refuse: `send_and_receive` is the one way."""
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Refuse: `send_and_receive` is the one way."""
+        raise NotImplementedError
+
+
+def through_the_wire(message: Message) -> Message:
+    """Serialize and deserialize a message, as a SuperLink between two machines would."""
+    contents = {key: obj.deflate() for key, obj in get_all_nested_objects(message).items()}
+    copy = inflate_object_from_contents(message.object_id, contents)
+    assert isinstance(copy, Message)
+    copy.metadata.__dict__["_message_id"] = message.metadata.message_id
+    return copy

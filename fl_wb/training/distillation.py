@@ -1,0 +1,122 @@
+"""Distillation: regress a generator on a known map of the latent.
+
+Where a good generator is already known as a function z -> sample (the exact mixture of two
+generators, a full-precision generator), matching it latent by latent is a plain regression:
+it needs no critic and no balance, and at equal seconds it measured better than a WGAN loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fl_wb.generators.sampling import device_of
+from fl_wb.training.checkpoints import Checkpoint, TrainingState
+from fl_wb.training.random_numbers import own_random_numbers
+from fl_wb.training.wgan import Progress
+from fl_wb.transport import energy_distance
+
+Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
+"""Draws n latents (n, latent_dim), and the sample (n, ...) that each should become."""
+
+
+def pairs_of(
+    teacher: Callable[[Tensor], Tensor],
+    latent_dim: int,
+    move: Callable[[Tensor], Tensor] | None = None,
+) -> Pairs:
+    """Pairs of a known map of the latent: z ~ N(0, I) and teacher(z), without a graph.
+
+    With ``move``, of the latents move(z): a student of enough capacity learns the same map from
+    them, one of less follows it best where they are many.
+    """
+
+    @torch.no_grad()
+    def draw(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        z = torch.randn(n, latent_dim, generator=rng, device=rng.device)
+        z = move(z) if move else z
+        return z, teacher(z)
+
+    return draw
+
+
+@dataclass
+class Distillation:
+    """How a generator is distilled.
+
+    Attributes
+    ----------
+    iterations
+        Steps of Adam.
+    batch_size
+        Latents in a batch.
+    lr
+        Learning rate at the start; a cosine takes it to zero. 3e-3 measured better than 1e-3 at
+        the same seconds.
+    """
+
+    iterations: int = 2000
+    batch_size: int = 128
+    lr: float = 3e-3
+
+
+def distill(
+    student: nn.Module,
+    pairs: Pairs,
+    settings: Distillation,
+    *,
+    energy: float = 1.25,
+    seed: int = 0,
+    groups: Sequence[dict[str, object]] | None = None,
+    callback: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> None:
+    """Train `student`, in place, to make of each latent z the sample x that it is paired with.
+
+    The loss is E||student(z) - x||_1 / sqrt(d) + energy * ED(student(z), x), for samples of d
+    values. Sharing z is a coupling, so the first term bounds a multiple of W1 between the two
+    measures from above; it alone would shrink the samples of a student that cannot follow
+    everywhere towards their median, which the second, a distance of the measures, sees.
+
+    Parameters
+    ----------
+    student : nn.Module
+        A generator, trained in the mode that it is in: eval mode keeps normalisation statistics.
+    pairs : callable
+        `pairs_of` a teacher, say.
+    settings : Distillation
+    energy : float
+        Weight of the energy distance in the loss.
+    groups : optional
+        Adam's parameter groups. Each may have its own ``lr``, and say at which share of the
+        iterations it has decayed to zero (``until``, 1 by default).
+    seed, callback, checkpoint
+        As in `fl_wb.training.wgan.train_wgan`.
+    """
+    rng = torch.Generator(device_of(student)).manual_seed(seed)
+    adam = torch.optim.Adam(groups or student.parameters(), lr=settings.lr, fused=True)
+    rates = [(group["lr"], group.get("until", 1.0)) for group in adam.param_groups]
+    state = TrainingState({"student": student}, {"student": adam}, rng)
+    if checkpoint:
+        state.resume(checkpoint)
+    while state.iteration < settings.iterations:
+        for group, (rate, until) in zip(adam.param_groups, rates, strict=True):
+            x = min(state.iteration / settings.iterations / until, 1.0)
+            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * x))
+        z, target = pairs(settings.batch_size, rng)
+        with own_random_numbers(seed + state.iteration):
+            samples = student(z)
+        distance = (samples - target).abs().mean() * math.sqrt(target[0].numel())
+        loss = distance + energy * energy_distance(samples, target)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        state.iteration += 1
+        if checkpoint:
+            state.save_if_due(checkpoint)
+        if callback:
+            callback(state.iteration, settings.iterations, {"distillation": loss.item()})

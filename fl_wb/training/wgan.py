@@ -1,0 +1,295 @@
+"""WGAN-GP: the one training loop, one generator against one or more critics.
+
+Every WGAN of the project runs here: a source's pre-training (one critic, its own data), a stage
+of the barycenter (one or two critics, samples of generators) and a target's adaptation (one critic,
+few samples, a regulariser). Gulrajani et al., "Improved Training of Wasserstein GANs", 2017:
+
+    min_G mean_j max_{psi_j} E_{x ~ mu_j} psi_j(x) - E_z psi_j(G(z)) - rho E (||grad psi_j|| - 1)^2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from fl_wb.generators.copies import copy_of
+from fl_wb.generators.sampling import device_of, input_gradient, latent_dim_of
+from fl_wb.training.checkpoints import Checkpoint, TrainingState
+from fl_wb.training.random_numbers import own_random_numbers
+
+Sampler = Callable[[int, torch.Generator], Tensor]
+"""Draws n real samples with the given random generator."""
+
+Regularizer = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+"""Adds a term to the generator's loss, from its latents and its fakes."""
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Told (iterations done, iterations in all, losses by name) after every iteration."""
+
+
+@dataclass
+class Training:
+    """How a WGAN is trained.
+
+    Attributes
+    ----------
+    iterations
+        Generator steps.
+    batch_size
+        Samples in a batch, real and fake alike.
+    critic_steps
+        Critic steps before each generator step.
+    warmup
+        Critic steps before the first generator step: a fresh critic would first pull a good
+        generator away from where it is.
+    generator_lr, critic_lr
+        Adam's learning rates, betas (0.5, 0.9). A critic five times faster than the generator
+        measured better than equal rates at equal seconds.
+    penalty
+        Weight rho of the gradient penalty.
+    ema
+        Decay of the moving average of the generator's weights, which is what training returns.
+    """
+
+    iterations: int = 1000
+    batch_size: int = 64
+    critic_steps: int = 5
+    warmup: int = 0
+    generator_lr: float = 2e-4
+    critic_lr: float = 1e-3
+    penalty: float = 10.0
+    ema: float = 0.99
+
+    @property
+    def reals(self) -> int:
+        """Real samples that each critic sees."""
+        return (self.warmup + self.iterations * self.critic_steps) * self.batch_size
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training returns: the generator's moving average, and the critics."""
+
+    generator: nn.Module
+    critics: list[nn.Module]
+
+
+def resample(samples: Tensor) -> Sampler:
+    """Sampler that draws rows of `samples` (n, ...) with replacement."""
+
+    def draw(n: int, rng: torch.Generator) -> Tensor:
+        index = torch.randint(len(samples), (n,), generator=rng, device=rng.device)
+        return samples[index]
+
+    return draw
+
+
+def part_of(callback: Progress | None, before: int, total: int) -> Progress | None:
+    """Progress of one of several trainings that are counted as one."""
+    if callback is None:
+        return None
+    return lambda done, _, losses: callback(before + done, total, losses)
+
+
+def push_forward(generator: Callable[[Tensor], Tensor], latent_dim: int, batch: int) -> Sampler:
+    """Sampler of a generator's samples; it is called with at most `batch` latents at a time."""
+
+    @torch.no_grad()
+    def draw(n: int, rng: torch.Generator) -> Tensor:
+        z = torch.randn(n, latent_dim, generator=rng, device=rng.device)
+        return torch.cat([generator(part) for part in z.split(batch)])
+
+    return draw
+
+
+def distance_to(
+    teacher: Callable[[Tensor], Tensor], weight: float, power: int = 1
+) -> Regularizer | None:
+    """Regularizer weight * E||G(z) - teacher(z)||^power on shared latents z.
+
+    Sharing z is a coupling, so at power 1 the mean distance bounds W1(G, teacher) from above.
+    """
+    if not weight:
+        return None
+
+    def term(z: Tensor, fakes: Tensor, _: torch.Generator) -> Tensor:
+        with torch.no_grad():
+            target = teacher(z)
+        distance: Tensor = (fakes - target).flatten(1).norm(dim=1).pow(power).mean()
+        return weight * distance
+
+    return term
+
+
+def train_wgan(
+    generator: nn.Module,
+    critics: Sequence[nn.Module],
+    reals: Sequence[Sampler],
+    training: Training,
+    *,
+    latent_dim: int | None = None,
+    seed: int = 0,
+    regularizer: Regularizer | None = None,
+    callback: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Trained:
+    """Train a generator against critics; the arguments are left alone.
+
+    Parameters
+    ----------
+    generator : nn.Module
+        Where training starts; its device is where training runs. In training mode it is a new
+        network; in eval mode, one that is already good: its normalisation keeps the statistics
+        that it has, so that it starts from what it generates when it is sampled. Parameters
+        that require no gradient stay as they are.
+    critics, reals
+        Critic j tells samples of ``reals[j]`` from the generator's.
+    training : Training
+        Iterations, rates, penalty.
+    latent_dim : int, optional
+        For a generator without the attribute.
+    seed : int
+        All randomness comes from it: the same arguments give the same result (bit for bit on
+        the CPU with one thread), also when a checkpoint interrupts the run.
+    regularizer, callback, checkpoint : optional
+        A further term of the generator's loss; a listener; where to save and resume.
+
+    Raises
+    ------
+    FloatingPointError
+        If the generator's weights stop being finite.
+    """
+    loop = _Loop(generator, critics, reals, training, latent_dim, seed, regularizer)
+    if not (checkpoint and loop.state.resume(checkpoint)):
+        with own_random_numbers(seed):
+            loop.critic_phase(training.warmup)
+    while loop.state.iteration < training.iterations:
+        with own_random_numbers(seed + 1 + loop.state.iteration):
+            losses = loop.step()
+        if checkpoint:
+            loop.state.save_if_due(checkpoint)
+        if callback:
+            told = {name: loss.item() for name, loss in losses.items()}
+            callback(loop.state.iteration, training.iterations, told)
+    trained = Trained(loop.ema.module.eval().requires_grad_(True), loop.critics)
+    if not all(torch.isfinite(p).all() for p in trained.generator.parameters()):
+        raise FloatingPointError(
+            "WGAN training diverged: the generator's weights are not finite; lower "
+            f"generator_lr ({training.generator_lr}) or critic_lr ({training.critic_lr})"
+        )
+    return trained
+
+
+class _Loop:
+    """The state of one training, and its two kinds of step."""
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        critics: Sequence[nn.Module],
+        reals: Sequence[Sampler],
+        training: Training,
+        latent_dim: int | None,
+        seed: int,
+        regularizer: Regularizer | None,
+    ) -> None:
+        if not critics or len(critics) != len(reals):
+            raise ValueError(f"{len(critics)} critics for {len(reals)} real measures")
+        self.dim = latent_dim_of(generator, latent_dim)
+        device = device_of(generator)
+        self.generator = copy_of(generator)
+        self.trained = [p for p in self.generator.parameters() if p.requires_grad]
+        self.critics = [copy_of(c).to(device).train().requires_grad_(True) for c in critics]
+        self.reals, self.training, self.regularizer = reals, training, regularizer
+        self.rng = torch.Generator(device).manual_seed(seed)
+        self.ema = moving_average(self.generator, training.ema)
+        self.generator_adam = _adam(self.trained, training.generator_lr)
+        self.critic_adams = [_adam(list(c.parameters()), training.critic_lr) for c in self.critics]
+        named = {f"critic{j}": critic for j, critic in enumerate(self.critics)}
+        self.state = TrainingState(
+            {"generator": self.generator, "average": self.ema.module, **named},
+            {"generator": self.generator_adam, **dict(zip(named, self.critic_adams, strict=True))},
+            self.rng,
+        )
+
+    def latents(self, n: int) -> Tensor:
+        return torch.randn(n, self.dim, generator=self.rng, device=self.rng.device)
+
+    def step(self) -> dict[str, Tensor]:
+        """One iteration: the critics' steps, then the generator's; returns its losses."""
+        critic_losses = self.critic_phase(self.training.critic_steps)
+        z = self.latents(self.training.batch_size)
+        fakes = self.generator(z)
+        loss = -torch.stack([critic(fakes).mean() for critic in self.critics]).mean()
+        if self.regularizer:
+            loss = loss + self.regularizer(z, fakes, self.rng)
+        self.generator_adam.zero_grad()
+        # Only the generator's gradients: the critics' would be computed and thrown away.
+        loss.backward(inputs=self.trained)
+        self.generator_adam.step()
+        self.state.iteration += 1
+        self.ema.n_averaged.fill_(self.state.iteration)  # which a resumed training has not counted
+        self.ema.update_parameters(self.generator)
+        return {"generator": loss.detach(), "critic": critic_losses}
+
+    def critic_phase(self, steps: int) -> Tensor:
+        """Critic steps on fakes made at once, without a graph; returns the last mean loss."""
+        if not steps:
+            return torch.zeros(())
+        size, batch = steps * self.training.batch_size, self.training.batch_size
+        with torch.no_grad():
+            fakes = self.generator(self.latents(size)).split(batch)
+        total = torch.zeros((), device=self.rng.device)
+        for critic, adam, real in zip(self.critics, self.critic_adams, self.reals, strict=True):
+            loss = total
+            for x, y in zip(real(size, self.rng).split(batch), fakes, strict=True):
+                loss = critic_loss(critic, x, y, self.training.penalty, self.rng)
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+            total = total + loss.detach() / len(self.critics)
+        return total
+
+
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """Return the exponential moving average of a module's weights and buffers, to be updated.
+
+    The decay ramps up as min(decay, (t+1)/(t+10)) at step t = 0, 1, ..., so that a short training
+    is not held back by its start.
+    """
+
+    def step(mine: list[Tensor], theirs: list[Tensor], done: Tensor | int) -> None:
+        if mine[0].is_floating_point():
+            torch._foreach_lerp_(mine, theirs, 1 - min(decay, int(done) / (int(done) + 9)))
+        else:  # counters are not averaged
+            torch._foreach_copy_(mine, theirs)
+
+    average = AveragedModel(module, multi_avg_fn=step, use_buffers=True).requires_grad_(False)
+    average.n_averaged.fill_(1)  # 0 would take the first state as it is
+    return average
+
+
+def critic_loss(
+    critic: nn.Module, real: Tensor, fake: Tensor, penalty: float, rng: torch.Generator
+) -> Tensor:
+    """WGAN-GP loss of one critic: E psi(fake) - E psi(real) + penalty * E (||grad|| - 1)^2.
+
+    The gradient's norm is one number a SAMPLE. (Taken per pixel, as some scripts do, the
+    penalty pulls the norm to sqrt(pixels) instead of 1.)
+    """
+    n = len(real)
+    scores = critic(torch.cat([fake, real])).reshape(-1)
+    mix = torch.rand(n, *[1] * (real.dim() - 1), generator=rng, device=rng.device)
+    gradient = input_gradient(critic, torch.lerp(fake, real, mix))
+    norm = gradient.flatten(1).norm(dim=1)
+    loss: Tensor = scores[:n].mean() - scores[n:].mean() + penalty * (norm - 1).square().mean()
+    return loss
+
+
+def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
+    # fused: one kernel a step instead of some ten a tensor
+    return torch.optim.Adam(parameters, lr=lr, betas=(0.5, 0.9), fused=True)
