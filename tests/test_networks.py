@@ -151,3 +151,12 @@ def test_the_written_out_gradient_is_that_of_autograd():
     for ours, theirs in zip(by_hand, by_autograd, strict=True):
         assert ours.shape == theirs.shape
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_sampling_gives_every_part_its_own_mode_back():
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout())
+    network.train()
+    network[1].eval()
+    with sampling(network):
+        assert not any(part.training for part in network.modules())
+    assert [part.training for part in network.modules()] == [True, True, False, True]

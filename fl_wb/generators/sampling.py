@@ -37,14 +37,18 @@ def latent_dim_of(generator: nn.Module, latent_dim: int | None = None) -> int:
 
 @contextmanager
 def sampling(generator: nn.Module) -> Iterator[nn.Module]:
-    """Put a generator in the mode in which it is sampled (eval, no graph), then restore it."""
-    training = generator.training
+    """Put a generator in the mode in which it is sampled (eval, no graph), then restore it.
+
+    Every part gets back the mode that it had: a user may keep some of them in another.
+    """
+    training = [part for part in generator.modules() if part.training]
     generator.eval()
     try:
         with torch.no_grad():
             yield generator
     finally:
-        generator.train(training)
+        for part in training:
+            part.training = True
 
 
 def generate(

@@ -1,0 +1,79 @@
+"""A generator of several measures, with other weights: no training, one number a cell.
+
+Ours; not in the paper. A generator that learned a mixture by its code (`fl_wb.generators.code`) is
+a whole family of barycenters: moving its latents until the cells have other shares changes the
+weights, as well as it knows the cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fl_wb.generators.code import Code, code_of
+from fl_wb.generators.sampling import latent_dim_of
+
+
+class Reweighted(nn.Module):
+    """What `reweighted` returns; shares and weights are part of its state dict."""
+
+    shares: Tensor
+    weights: Tensor
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        shares: Sequence[float],
+        weights: Sequence[float],
+        latent_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim_of(generator, latent_dim)
+        self.generator = generator
+        self.register_buffer("shares", torch.tensor(shares, dtype=torch.float64))
+        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map latents (n, latent_dim) to samples (n, ...)."""
+        code = code_of(tuple(self.shares.tolist()))
+        samples: Tensor = self.generator(code.recode(z, self.weights.tolist()))
+        return samples
+
+
+def reweighted(
+    generator: nn.Module,
+    code: Code,
+    weights: Sequence[float] | Tensor,
+    *,
+    latent_dim: int | None = None,
+) -> nn.Module:
+    """Return a generator of the same cells with other weights: sum_k w_k mu_k.
+
+    Parameters
+    ----------
+    generator : nn.Module
+        Learned from a mixture by this code; shared, not copied.
+    code : Code
+        Its cells, and the shares that they have in the generator.
+    weights : sequence of float, or Tensor (K,)
+        w_k >= 0, of any sum. A cell of weight 0 is forgotten.
+    latent_dim : int, optional
+        For a generator without the attribute.
+
+    Raises
+    ------
+    ValueError
+        If there is not one weight a cell, one is negative or not finite, or all are 0.
+    """
+    values = torch.as_tensor(weights, dtype=torch.float64).tolist()
+    if (
+        len(values) != len(code)
+        or not all(0 <= w < float("inf") for w in values)
+        or not any(values)
+    ):
+        raise ValueError(
+            f"{len(code)} weights >= 0 are needed, not all of them 0, and not {values[:20]}"
+        )
+    return Reweighted(generator, code.shares, values, latent_dim)
