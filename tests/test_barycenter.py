@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import ot
 import pytest
+import ray
 import torch
 from scipy.stats import kstest
 from torch import Tensor, nn
 
-from fl_wb.barycenter import GEODESICS, Stage, mixture_map, optimality_gap, recursive_barycenter
-from fl_wb.generators.mixture import Mixture, favor_small_parts, mix
+from fl_wb.barycenter import GEODESICS, Stage, optimality_gap, recursive_barycenter
+from fl_wb.generators.code import Code
+from fl_wb.generators.mixture import Mixture
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import energy_distance
 from fl_wb.training.distillation import Distillation
@@ -215,11 +218,12 @@ def test_progress_counts_all_stages_as_one():
         [Gaussian(corner) for corner in TRIANGLE],
         critic=critic,
         stage=TINY,
+        fan_in=2,
         callback=lambda done, total, losses: told.append((done, total, losses["stage"])),
     )
     assert [done for done, _, _ in told] == list(range(1, 11))
     assert {total for _, total, _ in told} == {10}
-    assert [stage for _, _, stage in told] == [2.0] * 5 + [3.0] * 5
+    assert [stage for _, _, stage in told] == [1.0] * 5 + [2.0] * 5
 
 
 def test_a_user_s_networks_work_unchanged():
@@ -264,11 +268,7 @@ def test_settings_out_of_range_are_refused():
         Stage(start="cold")
 
 
-# mixture_map
-
-
-def identity(z: Tensor) -> Tensor:
-    return z
+# the exact mixture
 
 
 def at(*point: float) -> nn.Module:
@@ -287,18 +287,10 @@ def off_normal(values: Tensor, mean: float = 0.0, std: float = 1.0) -> float:
     return float(kstest(values.numpy(), "norm", (mean, std)).statistic)
 
 
-def test_the_latents_of_a_mixture_stay_standard_normal():
-    z = latents()
-    there = mixture_map(identity, identity, 0.3)(z)
-    assert off_normal(there[:, 0]) < 1e-3
-    torch.testing.assert_close(there.T.corrcoef(), torch.eye(4), atol=0.03, rtol=0)
-    assert there[:, 1:].equal(z[:, 1:])
-
-
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 def test_the_push_forward_is_the_mixture(t: float):
     with torch.no_grad():
-        samples = mixture_map(at(-2.0, 1.0), at(2.0, -1.0), t)(latents())
+        samples = Code([1 - t, t]).mix([at(-2.0, 1.0), at(2.0, -1.0)], latents())
     second = samples[:, 0] > 0
     assert second.float().mean().item() == pytest.approx(t, abs=1e-3)
     for mode, (x, y) in ((~second, (-2, 1)), (second, (2, -1))):
@@ -311,48 +303,165 @@ def test_a_mixture_of_many_has_their_shares_and_is_a_generator():
     mixture = Mixture([at(*centre) for centre in centres], [1.0, 5.0, 2.0])
     with torch.no_grad():
         found = shares(mixture(latents()), centres)
-    torch.testing.assert_close(found, torch.tensor([0.125, 0.625, 0.25]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(found, torch.tensor([0.125, 0.625, 0.25]), atol=5e-3, rtol=0)
     assert mixture.latent_dim == at(0.0, 0.0).latent_dim
     mixture(latents(100)).sum().backward()
     assert all(parameter.grad is not None for parameter in mixture.parameters())
 
 
-def test_mixtures_nest():
-    centres = [(-4.0, 0.0), (0.0, 0.0), (4.0, 0.0)]
-    first, second, third = (at(*centre) for centre in centres)
-    nested = mixture_map(mixture_map(first, second, 2 / 3), third, 0.4)
-    with torch.no_grad():
-        samples = nested(latents())
-    found = shares(samples, centres)
-    torch.testing.assert_close(found, torch.tensor([0.2, 0.4, 0.4]), atol=1e-3, rtol=0)
-    for x, _ in centres:
-        assert off_normal(samples[(samples[:, 0] - x).abs() < 2, 0], x, 0.25) < 2e-3
-
-
 @pytest.mark.parametrize("t", [1e-3, 0.5, 1 - 1e-3])
 def test_extreme_latents_make_finite_samples(t: float):
     z = torch.tensor([[-40.0], [-9.0], [0.0], [9.0], [40.0]])
-    there = mixture_map(identity, identity, t)(z)
+    there = Code([1 - t, t]).mix([lambda z: z] * 2, z)
     assert torch.isfinite(there).all() and there.abs().max() < 10
     assert z[0, 0] == -40  # the argument is left alone
 
 
-def test_small_parts_are_favored_by_the_roots_of_their_shares():
-    z, weights = latents(), (0.04, 0.64, 0.32)
-    moved = favor_small_parts(z, weights)
-    part = torch.bucketize(torch.special.ndtr(moved[:, 0]), torch.tensor([0.04, 0.68]))
-    roots = torch.tensor(weights).sqrt()
-    torch.testing.assert_close(part.bincount() / len(z), roots / roots.sum(), atol=1e-3, rtol=0)
-    assert moved[:, 1:].equal(z[:, 1:])
-    # each part's own generator gets the latents that it always gets
-    for k in range(3):
-        there = mix([identity] * 3, weights, moved[part == k])
-        assert off_normal(there[:, 0]) < 2e-3
+# a stage of many, and trees of stages
 
 
-def test_parts_of_one_size_are_left_alone():
-    z = latents(10)
-    assert favor_small_parts(z, [0.5, 0.5]) is z
+CIRCLE = [
+    (6 * math.cos(2 * math.pi * k / 12), 6 * math.sin(2 * math.pi * k / 12)) for k in range(12)
+]
+
+
+def test_many_measures_are_one_stage_and_none_is_forgotten():
+    weights = [1.0 + k % 3 for k in range(12)]
+    stage = Stage(distillation=Distillation(iterations=2500, batch_size=64, lr=1e-2))
+    told: list[float] = []
+    nu = recursive_barycenter(
+        [Gaussian(centre) for centre in CIRCLE],
+        weights,
+        stage=stage,
+        callback=lambda done, total, losses: told.append(losses["stage"]),
+    )
+    found = shares(generate(nu, 6000, seed=1), CIRCLE)
+    expected = torch.tensor(weights) / sum(weights)
+    assert ((found / expected - 1).abs() < 0.3).all()
+    assert set(told) == {1.0}
+
+
+@pytest.mark.parametrize(("fan_in", "stages"), [(2, 4), (3, 3), (4, 3), (5, 1), (None, 1)])
+def test_a_tree_has_no_more_stages_than_it_needs(fan_in: int | None, stages: int):
+    told: list[tuple[int, int, float]] = []
+    recursive_barycenter(
+        [Gaussian(corner) for corner in (*SQUARE, (0.0, 0.0))],
+        critic=critic,
+        stage=TINY,
+        fan_in=fan_in,
+        callback=lambda done, total, losses: told.append((done, total, losses["stage"])),
+    )
+    assert [done for done, _, _ in told] == list(range(1, 5 * stages + 1))
+    assert {total for _, total, _ in told} == {5 * stages}
+    assert {stage for _, _, stage in told} == set(range(1, stages + 1))
+
+
+@pytest.mark.parametrize("geodesic", ["two_critics", "displacement"])
+def test_a_geodesic_between_two_measures_takes_two(geodesic: str):
+    with pytest.raises(ValueError, match=rf"fan_in=3 must be 2: {geodesic} is between two"):
+        recursive_barycenter([Gaussian(LEFT)], geodesic=geodesic, fan_in=3)
+    with pytest.raises(ValueError, match="fan_in=1 must be 2 or more"):
+        recursive_barycenter([Gaussian(LEFT)], fan_in=1)
+
+
+def test_a_stage_can_start_at_another_generator():
+    sources = [Gaussian(LEFT), Gaussian(RIGHT)]
+    stage = Stage(distillation=Distillation(iterations=1, batch_size=8, lr=1e-9))
+    nu = recursive_barycenter(sources, stage=stage, initial=Gaussian((7.0, 7.0)))
+    torch.testing.assert_close(
+        generate(nu, 500).mean(0), torch.tensor([7.0, 7.0]), atol=0.1, rtol=0
+    )
+
+
+def test_a_sequence_that_makes_its_generators_is_asked_when_they_are_needed():
+    class Lazy(Sequence[nn.Module]):
+        def __init__(self) -> None:
+            self.made: list[int] = []
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, k: int) -> nn.Module:  # type: ignore[override]
+            self.made.append(k)
+            return Gaussian(TRIANGLE[k])
+
+    lazy = Lazy()
+    nu = recursive_barycenter(lazy, critic=critic, stage=TINY)
+    eager = [Gaussian(corner) for corner in TRIANGLE]
+    assert same(nu, recursive_barycenter(eager, critic=critic, stage=TINY))
+    assert len(lazy.made) <= 3 * 3
+
+
+# what the generators' layers keep
+
+
+class Normalised(nn.Module):
+    """A generator of points with one kind of normalisation, away from the origin."""
+
+    def __init__(self, kind: str, shift: float) -> None:
+        super().__init__()
+        self.latent_dim = 4
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(10 * shift) % 7)
+            first, last = nn.Linear(4, 32), nn.Linear(32, 2)
+        between: nn.Module = nn.Identity()
+        if kind == "spectral":
+            first, last = (nn.utils.parametrizations.spectral_norm(f) for f in (first, last))
+        elif kind == "batch":
+            between = nn.BatchNorm1d(32)
+        elif kind == "batch statistics":
+            between = nn.BatchNorm1d(32, track_running_stats=False)
+        else:
+            between = nn.Sequential(
+                nn.Unflatten(1, (4, 8)), nn.InstanceNorm1d(4, affine=True), nn.Flatten()
+            )
+        self.net = nn.Sequential(first, between, nn.ReLU(), last)
+        self.scale = nn.Parameter(torch.tensor(3.0), requires_grad=False)
+        self.shift = nn.Parameter(torch.tensor([shift, 0.0]))
+        with torch.no_grad():
+            for _ in range(40):
+                self(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.scale * self.net(z) + self.shift
+
+
+@pytest.mark.parametrize("kind", ["batch", "spectral", "instance", "batch statistics"])
+@pytest.mark.parametrize("wgan", [0, 20])
+def test_train_mode_and_eval_mode_agree_after_a_merge(kind: str, wgan: int):
+    stage = Stage(
+        distillation=Distillation(iterations=400, batch_size=64, lr=1e-2),
+        training=Training(iterations=wgan, warmup=5),
+    )
+    sources = [Normalised(kind, -4.0).eval(), Normalised(kind, 4.0).eval()]
+    nu = recursive_barycenter(sources, [1, 30 if kind == "batch statistics" else 1], stage=stage)
+    calm = generate(nu, 4000, seed=1)
+    nu.train()
+    with torch.no_grad():
+        z = torch.randn(4000, 4, generator=torch.Generator().manual_seed(2))
+        for _ in range(15):  # as a client's first steps would
+            excited = torch.cat([nu(part) for part in z.split(200)])
+    assert abs(energy_distance(calm, excited)) < 0.05
+    assert nu.scale.item() == 3.0 and not nu.scale.requires_grad and nu.shift.requires_grad
+    if kind == "spectral":
+        for layer in (nu.net[0], nu.net[3]):
+            assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() < 1.02
+
+
+# Ray
+
+
+def test_ray_makes_the_same_generator(tmp_path: Path):
+    sources = [Gaussian(corner) for corner in SQUARE]
+    arguments = {"critic": critic, "stage": TINY, "fan_in": 3}
+    try:
+        nu = recursive_barycenter(sources, **arguments, executor="ray", store=tmp_path)
+    finally:
+        ray.shutdown()
+    assert same(nu, recursive_barycenter(sources, **arguments))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    with pytest.raises(ValueError, match="executor='spark' is not one of None, ray"):
+        recursive_barycenter(sources, executor="spark")
 
 
 # optimality_gap

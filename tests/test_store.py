@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -49,7 +51,7 @@ def merge(
     stage: Stage = STAGE,
 ) -> nn.Module:
     return recursive_barycenter(
-        sources(k), critic=critic, stage=stage, store=folder, callback=callback
+        sources(k), critic=critic, stage=stage, fan_in=2, store=folder, callback=callback
     )
 
 
@@ -130,14 +132,14 @@ def test_a_further_generator_costs_one_stage(tmp_path: Path):
         {"weights": [1, 1, 2]},
         {"seed": 1},
         {"geodesic": "displacement"},
-        {"iterations": 4},
+        {"iterations": 5},
         {"critic": lambda: MLPCritic((2,), width=32)},
     ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_other_inputs_never_meet_an_old_result(tmp_path: Path, changed: dict[str, object]):
     merge(tmp_path)
-    arguments = {"critic": critic, "stage": STAGE, **changed}
+    arguments = {"critic": critic, "stage": STAGE, "fan_in": 2, **changed}
     with_store = recursive_barycenter(sources(), store=tmp_path, **arguments)
     assert same(with_store, recursive_barycenter(sources(), **arguments))
     assert not same(with_store, merge(None))
@@ -156,7 +158,9 @@ def test_a_store_holds_the_last_chain_and_no_more(tmp_path: Path):
     merge(tmp_path, 4)
     merge(tmp_path, 3)
     assert files(tmp_path) == [".safetensors"] * 2
-    recursive_barycenter(sources()[::-1], critic=critic, stage=STAGE, store=tmp_path)
+    recursive_barycenter(
+        sources()[::-1], critic=critic, stage=STAGE, fan_in=2, store=tmp_path
+    )
     assert files(tmp_path) == [".safetensors"] * 2
 
 
@@ -164,7 +168,7 @@ def test_a_stage_says_what_it_is(tmp_path: Path):
     merge(tmp_path, 2)
     (path,) = tmp_path.iterdir()
     _, metadata = load_tensors(path)
-    assert metadata["t"] == "0.5" and metadata["geodesic"] == '"mixture"'
+    assert json.loads(metadata["settings"]) == asdict(STAGE)
 
 
 # faults of the disk

@@ -272,8 +272,8 @@ def test_distance_to_a_teacher():
     rng = torch.Generator()
     shifted = fakes + 1.5  # |shift| = 3 over four pixels
     once, twice = distance_to(lambda _: shifted, 0.5), distance_to(lambda _: shifted, 0.5, power=2)
-    assert once and once(fakes, fakes, rng).item() == pytest.approx(1.5)
-    assert twice and twice(fakes, fakes, rng).item() == pytest.approx(4.5)
+    assert once and once(nn.Identity(), fakes, fakes, rng).item() == pytest.approx(1.5)
+    assert twice and twice(nn.Identity(), fakes, fakes, rng).item() == pytest.approx(4.5)
     assert distance_to(lambda z: z, 0.0) is None
 
 

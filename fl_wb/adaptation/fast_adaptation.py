@@ -210,15 +210,15 @@ def choose_anchor(pool: Tensor, samples: Tensor) -> float:
 def _energy_to(bank: Tensor) -> Regularizer:
     draw = resample(bank)
 
-    def term(_: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
+    def term(_: nn.Module, z: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
         return energy_distance(fakes, draw(len(fakes), rng))
 
     return term
 
 
 def _sum(*terms: Regularizer | None) -> Regularizer:
-    def total(z: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
-        return torch.stack([term(z, fakes, rng) for term in terms if term]).sum()
+    def total(generator: nn.Module, z: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
+        return torch.stack([term(generator, z, fakes, rng) for term in terms if term]).sum()
 
     return total
 

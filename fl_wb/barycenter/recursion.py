@@ -1,41 +1,44 @@
 """Recursive Wasserstein-1 barycenter of generators: stage by stage, resumable.
 
-nu_1 = mu_1; stage k merges nu_{k-1} and mu_k into nu_k at t_k = lambda_k / Lambda_k, where
-Lambda_k = lambda_1 + ... + lambda_k (Dedeoglu et al., arXiv 2101.09225, section 4). Only two
-generators are alive at a time, and a generator that arrives later costs one more stage.
+nu_1 = mu_1; a stage merges the barycenter so far, with its weight Lambda = lambda_1 + ... +
+lambda_k, and the measures that come next (Dedeoglu et al., arXiv 2101.09225, section 4: one of
+them). A generator that arrives later costs one more stage.
+
+Up to ``fan_in`` measures are one stage (ours). More of them make a tree, whose merges at one level
+know nothing of each other and may run side by side; with ``fan_in=2`` they make the paper's
+recursion, one new measure a stage.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fl_wb.barycenter.stage import GEODESICS, STARTS, Merge, Stage, mixture_map
+from fl_wb.barycenter.executors import EXECUTORS, run_level
+from fl_wb.barycenter.stage import Merge, Stage
+from fl_wb.barycenter.teachers import Measure
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import device_of, generate, latent_dim_of
 from fl_wb.persistence.stage_store import StageStore
+from fl_wb.persistence.tensor_files import digest
 from fl_wb.training.wgan import Progress
-from fl_wb.transport import wasserstein1
 
-__all__ = [
-    "GEODESICS",
-    "STARTS",
-    "Stage",
-    "StageStore",
-    "mixture_map",
-    "optimality_gap",
-    "recursive_barycenter",
-]
+FAN_IN = 256
+"""Measures that one stage merges at most, where its geodesic is the mixture."""
 
 
 def recursive_barycenter(
     generators: Sequence[nn.Module],
     weights: Sequence[float] | None = None,
     *,
+    fan_in: int | None = None,
+    initial: nn.Module | None = None,
     critic: Callable[[], nn.Module] | None = None,
     geodesic: str | None = None,
     start: str | None = None,
@@ -45,9 +48,10 @@ def recursive_barycenter(
     latent_dim: int | None = None,
     store: StageStore | str | Path | None = None,
     device: str | torch.device | None = None,
+    executor: str | None = None,
     callback: Progress | None = None,
 ) -> nn.Module:
-    """Merge generators, in the order given, into one that generates their W1 barycenter.
+    """Merge generators into one that generates their W1 barycenter.
 
     The joint barycenter of K >= 3 measures is a Frechet median, which a recursion of pairwise
     optima need not reach; `optimality_gap` says how near the result is.
@@ -55,13 +59,21 @@ def recursive_barycenter(
     Parameters
     ----------
     generators : sequence of nn.Module
-        Of one architecture, latents (n, latent_dim) to samples (n, ...). Left alone.
+        Of one architecture, latents (n, latent_dim) to samples (n, ...). Left alone; each is taken
+        from the sequence once, when its samples are needed, so that a sequence may make them then.
     weights : sequence of float, optional
         lambda_k > 0, one each; equal if None.
+    fan_in : int, optional
+        Measures that one stage merges, 2 or more; `FAN_IN` if None. 2 is the paper's recursion, in
+        the order given, and the only one of the geodesics that are between two measures.
+    initial : nn.Module, optional
+        Where the last stage starts to learn, e.g. the barycenter of the round before; by default
+        where its first measure is.
     critic : callable, optional
         Makes a fresh critic of samples; a multilayer perceptron if None.
     geodesic, start, iterations : optional
-        Short for the fields of `stage` of that name; iterations are the WGAN's.
+        Short for the fields of `stage` of that name; iterations are the distillation's, or the
+        WGAN's where nothing is distilled.
     stage : Stage, optional
         All settings of a stage.
     seed : int
@@ -73,9 +85,12 @@ def recursive_barycenter(
         it again, and an interrupted one goes on where it was.
     device : optional
         Where to train; where the first generator is if None.
+    executor : {None, "ray"}, optional
+        Where the merges of one level run: one after another in this process, or side by side on
+        Ray, on this machine or the cluster that ``ray.init(address=...)`` has reached.
     callback : optional
         Told (iterations done, in all, losses) of the stages that are trained; the losses'
-        entry "stage" is k.
+        entry "stage" counts them.
 
     Returns
     -------
@@ -87,99 +102,140 @@ def recursive_barycenter(
     ValueError
         If there are no generators, or a weight or setting is out of range.
     """
-    if not generators:
+    if not len(generators):
         raise ValueError("a barycenter of no generators: give one at least")
-    lambdas = _check_weights(weights, len(generators))
+    lambdas = check_weights(weights, len(generators))
     settings = _settings(stage, geodesic, start, iterations)
-    home = device_of(generators[0])
+    first = generators[0]
+    home = device_of(first)
     merge = Merge(
         settings,
-        critic or (lambda: MLPCritic(_sample_shape(generators[0], latent_dim))),
-        latent_dim_of(generators[0], latent_dim),
+        critic or (lambda: MLPCritic(generate(first, 2, latent_dim=latent_dim).shape[1:])),
+        latent_dim_of(first, latent_dim),
         seed,
         store if isinstance(store, StageStore) else StageStore(store),
         torch.device(device) if device is not None else home,
     )
-    nu, total, keys = merge.place(generators[0]), lambdas[0], []
-    for k in range(1, len(generators)):
-        total += lambdas[k]
-        told = _stage_progress(callback, k + 1, settings, len(generators))
-        nu, key = merge.run(nu, merge.place(generators[k]), lambdas[k] / total, told)
-        keys.append(key)
+    measures = [
+        Measure(lambda k=k: generators[k], weight, digest(generators[k].state_dict()))
+        for k, weight in enumerate(lambdas)
+    ]
+    nu = barycenter_of(
+        measures, merge, fan_in=fan_in, initial=initial, executor=executor, callback=callback
+    )
+    return nu.to(home).eval()
+
+
+def barycenter_of(
+    measures: Sequence[Measure],
+    merge: Merge,
+    *,
+    fan_in: int | None = None,
+    initial: nn.Module | None = None,
+    executor: str | None = None,
+    callback: Progress | None = None,
+) -> nn.Module:
+    """Merge measures; see `recursive_barycenter`, which makes them of generators."""
+    widest = _check_fan_in(fan_in, merge.settings)
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor={executor!r} is not one of {', '.join(map(str, EXECUTORS))}")
+    keys: list[str] = []
+    done, total = 0, _stages(len(measures), widest)
+    while len(measures) > 1:
+        groups = _level(measures, widest)
+        trained = [group for group in groups if len(group) > 1]
+        last = initial if len(groups) == 1 else None
+        told = [_of_stage(callback, done + k, total, merge.settings) for k in range(len(trained))]
+        merged = iter(run_level(merge, trained, last, executor, told))
+        done += len(trained)
+        after: list[Measure] = []
+        for group in groups:
+            if len(group) == 1:
+                after += group
+                continue
+            nu, key = next(merged)
+            keys.append(key)
+            weight = math.fsum(measure.weight for measure in group)
+            after.append(Measure(lambda nu=nu: nu, weight, digest(nu.state_dict())))
+        measures = after
     if keys:
         merge.store.keep_only(keys)
-    return nu.to(home).eval().requires_grad_(True)
+    return merge.placed(measures[0].generator())
 
 
-def optimality_gap(
-    samples: Tensor, sources: Sequence[Tensor], weights: Sequence[float] | None = None
-) -> tuple[float, float]:
-    """Barycenter objective of samples of nu, and a lower bound of the least possible.
+def check_weights(weights: Sequence[float] | None, n: int) -> list[float]:
+    """Return n weights as numbers; equal ones if there are none.
 
-    The objective is sum_k lambda_k W1(nu, mu_k) with the weights normalised to one, by exact
-    transport. The bound adds up triangle inequalities W1(nu, mu_i) + W1(nu, mu_j) >=
-    W1(mu_i, mu_j) with c_ij = lambda_i lambda_j / max(Lambda - lambda_i, Lambda - lambda_j),
-    which spends at most lambda_i on each measure; for K = 2 it is reached.
-
-    Parameters
-    ----------
-    samples : Tensor
-        Samples (n, ...) of the barycenter.
-    sources : sequence of Tensor
-        Samples (n_k, ...) of each source measure.
-    weights : sequence of float, optional
-        lambda_k > 0; equal if None.
-
-    Returns
-    -------
-    objective, bound : float
-        In the units of the samples.
+    Raises
+    ------
+    ValueError
+        If their number differs, or one is not positive and finite.
     """
-    lambdas = _check_weights(weights, len(sources))
-    lambdas = [w / sum(lambdas) for w in lambdas]
-    objective = sum(w * wasserstein1(samples, s) for w, s in zip(lambdas, sources, strict=True))
-    bound = sum(
-        a * b / max(1 - a, 1 - b) * wasserstein1(sources[i], sources[j])
-        for i, a in enumerate(lambdas)
-        for j, b in enumerate(lambdas[:i])
-    )
-    return objective, float(bound)
-
-
-def _check_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     if weights is None:
         return [1.0] * n
     if len(weights) != n:
         raise ValueError(f"{len(weights)} weights for {n} measures")
-    if not all(0 < w < float("inf") for w in weights):
+    if not all(0 < w < math.inf for w in weights):
         raise ValueError(f"weights must be positive and finite, not {list(weights)}")
     return [float(w) for w in weights]
+
+
+def _level(measures: Sequence[Measure], fan_in: int) -> list[list[Measure]]:
+    """Return what is merged next: the first two, or all in groups as equal as can be."""
+    if fan_in == 2:
+        return [list(measures[:2]), *([measure] for measure in measures[2:])]
+    groups = math.ceil(len(measures) / fan_in)
+    size, larger = divmod(len(measures), groups)
+    cuts = [k * size + min(k, larger) for k in range(groups + 1)]
+    return [list(measures[a:b]) for a, b in pairwise(cuts)]
+
+
+def _stages(n: int, fan_in: int) -> int:
+    """Return how many stages merge n measures."""
+    if fan_in == 2:
+        return n - 1
+    if n <= fan_in:
+        return int(n > 1)
+    groups = math.ceil(n / fan_in)
+    return groups + _stages(groups, fan_in)
+
+
+def _check_fan_in(fan_in: int | None, settings: Stage) -> int:
+    pairs = settings.geodesic != "mixture"
+    if fan_in is None:
+        return 2 if pairs else FAN_IN
+    if fan_in < 2 or (pairs and fan_in > 2):
+        allowed = f"2: {settings.geodesic} is between two measures" if pairs else "2 or more"
+        raise ValueError(f"fan_in={fan_in} must be {allowed}")
+    return fan_in
 
 
 def _settings(
     stage: Stage | None, geodesic: str | None, start: str | None, iterations: int | None
 ) -> Stage:
     settings = stage or Stage()
-    if iterations is not None:
-        settings = replace(settings, training=replace(settings.training, iterations=iterations))
-    return replace(settings, geodesic=geodesic or settings.geodesic, start=start or settings.start)
+    settings = replace(
+        settings, geodesic=geodesic or settings.geodesic, start=start or settings.start
+    )
+    if iterations is None:
+        return settings
+    if settings.start == "distilled":
+        distillation = replace(settings.distillation, iterations=iterations)
+        return replace(settings, distillation=distillation)
+    return replace(settings, training=replace(settings.training, iterations=iterations))
 
 
-def _stage_progress(
-    callback: Progress | None, k: int, settings: Stage, generators: int
+def _of_stage(
+    callback: Progress | None, done: int, stages: int, settings: Stage
 ) -> Progress | None:
     """Count the iterations of all stages as one sequence."""
     if callback is None:
         return None
-    distilled = settings.distillation.iterations if settings.start == "distilled" else 0
-    per_stage = distilled + settings.training.iterations
+    each, before = settings.iterations, done * settings.iterations
+    distilled = each - settings.training.iterations
 
-    def told(done: int, _: int, losses: dict[str, float]) -> None:
-        before = (k - 2) * per_stage + (0 if "distillation" in losses else distilled)
-        callback(before + done, (generators - 1) * per_stage, {"stage": float(k), **losses})
+    def told(iteration: int, _: int, losses: dict[str, float]) -> None:
+        at = before + iteration + (0 if "distillation" in losses else distilled)
+        callback(at, stages * each, {"stage": float(done + 1), **losses})
 
     return told
-
-
-def _sample_shape(generator: nn.Module, latent_dim: int | None) -> tuple[int, ...]:
-    return tuple(generate(generator, 1, latent_dim=latent_dim).shape[1:])

@@ -1,62 +1,65 @@
-"""One stage of the barycenter: two generators merged into one, at t on a named geodesic.
+"""One stage of the barycenter: several generators merged into one, on a named geodesic.
 
 W1(nu_{k-1}, mu_k) has many minimisers: every point of every W1 geodesic. A stage therefore
-names its geodesic, and the weight goes into the position t on it, never into the critics'
-losses, where the heavier measure alone would be optimal.
+names its geodesic, and the weights go into the position on it, never into the critics' losses,
+where the heavier measure alone would be optimal.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fl_wb.barycenter.teachers import (
+    Measure,
+    Pool,
+    displacement_pool,
+    drawn,
+    mixture_pool,
+    pool_size,
+)
+from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
-from fl_wb.generators.mixture import Map, favor_small_parts, mix
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
-from fl_wb.training.distillation import Distillation, Pairs, distill, pairs_of
-from fl_wb.training.wgan import (
-    Progress,
-    Sampler,
-    Training,
-    distance_to,
-    push_forward,
-    resample,
-    train_wgan,
-)
-from fl_wb.transport import displacement
+from fl_wb.training.distillation import Distillation, distill
+from fl_wb.training.statistics import settle
+from fl_wb.training.wgan import Progress, Regularizer, Sampler, Training, resample, train_wgan
 
-POOL = 8192
-"""Samples of each measure that a stage's critics see, at most: drawn once, as from a data set.
-Drawn anew for every critic step, they would cost a forward pass of the sources each time."""
+CRITICS_POOL = 8192
+"""Samples of each measure that a stage's critics see, at most: drawn once, as from a data set."""
 
 GEODESICS = ("two_critics", "mixture", "displacement")
 STARTS = ("distilled", "previous")
 
+VERSION = 2
+"""Of the algorithm: a store's results of another one are not taken for its own."""
+
 
 @dataclass
 class Stage:
-    """How a stage merges two generators.
+    """How a stage merges generators.
 
     Attributes
     ----------
     geodesic
-        ``mixture``: one critic against samples of both measures in proportion 1-t : t, which
-        keeps samples sharp. ``two_critics``: the paper's saddle problem, one critic a measure
-        at equal weights. ``displacement``: one critic against (1-t) x + t T(x), T the optimal
-        coupling of two batches, which morphs samples.
+        ``mixture``: one critic against samples of all measures in proportion to their weights,
+        which keeps samples sharp. ``two_critics``: the paper's saddle problem of two measures, one
+        critic each at equal weights. ``displacement``: one critic against (1-t) x + t T(x), T the
+        optimal coupling of two batches, which morphs samples.
     start
-        ``previous``: nu_{k-1}, as in the paper. ``distilled``: the teacher, distilled into one
-        generator first (ours). The teacher is a point of the geodesic as a map of the latent:
-        the exact mixture (`mixture_map`), or the interpolation of two batches.
+        ``previous``: nu_{k-1}, as in the paper. ``distilled``: a point of the geodesic, as pairs of
+        latents and samples (`fl_wb.barycenter.teachers`), distilled into one generator first
+        (ours).
     fidelity
-        Weight in the generator's WGAN loss of E||G(z) - teacher(z)||, which bounds
-        W1(G, teacher) from above; 0 for the paper's loss. The critic sharpens, this holds the
+        Weight in the generator's WGAN loss of E||G(z) - x|| over these pairs, which bounds
+        W1(G, mixture) from above; 0 for the paper's loss. The critic sharpens, this holds the
         place on the geodesic.
     distillation
         How the distilled start is made.
@@ -67,8 +70,10 @@ class Stage:
     geodesic: str = "mixture"
     start: str = "distilled"
     fidelity: float = 1.0
-    distillation: Distillation = field(default_factory=Distillation)
-    training: Training = field(default_factory=lambda: Training(iterations=200, warmup=100))
+    distillation: Distillation = field(
+        default_factory=lambda: Distillation(iterations=4000, lr=1e-2)
+    )
+    training: Training = field(default_factory=lambda: Training(iterations=0, warmup=100))
 
     def __post_init__(self) -> None:  # noqa: D105
         for name, value, allowed in (
@@ -78,24 +83,16 @@ class Stage:
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
 
-
-def mixture_map(previous: Map, new: Map, t: float) -> Map:
-    """Write the exact mixture (1-t) nu + t mu of two generators as ONE map of the latent.
-
-    The push-forward is the mixture itself (`fl_wb.generators.mixture`): a W1-optimal point at equal
-    weights, for any t. (Ours; not in the paper.)
-
-    Returns
-    -------
-    callable
-        Latents (n, latent_dim) to samples (n, ...).
-    """
-    return lambda z: mix([previous, new], [1 - t, t], z)
+    @property
+    def iterations(self) -> int:
+        """Of the distillation and the WGAN together."""
+        distilled = self.distillation.iterations if self.start == "distilled" else 0
+        return distilled + self.training.iterations
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What all stages of one recursion share.
+    """What all stages of one barycenter share.
 
     Attributes
     ----------
@@ -120,53 +117,101 @@ class Merge:
     store: StageStore
     device: torch.device
 
-    def place(self, generator: nn.Module) -> nn.Module:
-        """Copy a generator to the device, frozen, in the mode in which it is sampled."""
-        return copy_of(generator).to(self.device).eval().requires_grad_(False)
-
     def run(
-        self, previous: nn.Module, new: nn.Module, t: float, callback: Progress | None
+        self, measures: Sequence[Measure], initial: nn.Module | None, callback: Progress | None
     ) -> tuple[nn.Module, str]:
-        """Merge two generators at t; returns the merged one and its key in the store."""
+        """Merge measures; returns the merged generator and its key in the store.
+
+        The student starts as ``initial``, or else as the first measure's generator.
+        """
+        student = self.placed(initial if initial is not None else measures[0].generator())
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            student.requires_grad_(True)  # handed over as a network that only generates
         critics = self._critics()
-        key = self._key(previous, new, t, critics)
-        merged = self.place(previous)
+        key = self._key(measures, student, critics)
         finished = self.store.get(key)
         if finished is not None:
             try:
-                merged.load_state_dict(finished)
-                return merged, key
+                student.load_state_dict(finished)
+                return student, key
             except RuntimeError:
                 self.store.set_aside(key, f"Stage {key[:12]} holds another network")
-        seed = int(key[:15], 16)
+        student = self._trained(measures, student, critics, key, callback)
+        self.store.put(key, student.state_dict(), {"settings": json.dumps(asdict(self.settings))})
+        return student, key
+
+    def placed(self, generator: nn.Module) -> nn.Module:
+        """Copy a generator to the device, in the mode in which it is sampled."""
+        return copy_of(generator).to(self.device).eval()
+
+    def _trained(
+        self,
+        measures: Sequence[Measure],
+        student: nn.Module,
+        critics: list[nn.Module],
+        key: str,
+        callback: Progress | None,
+    ) -> nn.Module:
+        """Distil and train, in the mode in which the nodes go on from what comes out."""
+        seed, settings = int(key[:15], 16), self.settings
         start = self.store.checkpoint(f"{key}-start")
         training = self.store.checkpoint(key)
-        teacher = self._teacher(previous, new, t)
-        merged.requires_grad_(True)
-        if self.settings.start == "distilled":
+        student.train()
+        rng = torch.Generator(self.device).manual_seed(seed)
+        pool = self._pool([self._on_device(measure) for measure in measures], rng)
+        if settings.start == "distilled":
             distill(
-                merged,
-                self._pairs(teacher, t),
-                self.settings.distillation,
+                student,
+                pool.pairs(),
+                settings.distillation,
                 seed=seed,
                 callback=callback,
                 checkpoint=start,
             )
-        merged = train_wgan(
-            merged,
-            critics,
-            self._reals(previous, new, t, seed),
-            self.settings.training,
-            latent_dim=self.dim,
-            seed=seed,
-            regularizer=distance_to(teacher, self.settings.fidelity),
-            callback=callback,
-            checkpoint=training,
-        ).generator.requires_grad_(False)
-        self.store.put(key, merged.state_dict(), {"t": str(t), **_text(self.settings)})
+        if settings.training.iterations:
+            reals = [resample(pool.samples(min(settings.training.reals, CRITICS_POOL), rng))]
+            if settings.geodesic == "two_critics":
+                reals = [self._samples(self._on_device(measure), rng) for measure in measures]
+            student = train_wgan(
+                student,
+                critics,
+                reals,
+                settings.training,
+                latent_dim=self.dim,
+                seed=seed,
+                regularizer=_near(pool, settings.fidelity),
+                callback=callback,
+                checkpoint=training,
+            ).generator
+        settle(student, self.dim, seed=seed)
         start.clear()
         training.clear()
-        return merged, key
+        return student.eval()
+
+    def _on_device(self, measure: Measure) -> Measure:
+        return Measure(
+            lambda: self.placed(measure.generator()).requires_grad_(False),
+            measure.weight,
+            measure.digest,
+        )
+
+    def _pool(self, measures: Sequence[Measure], rng: torch.Generator) -> Pool:
+        settings = self.settings
+        wanted = max(settings.distillation.iterations * settings.distillation.batch_size, 1)
+        if settings.start == "previous":  # then a critic's samples are all that is needed
+            wanted = max(settings.training.reals, 1)
+        if settings.geodesic != "displacement":
+            code = Code([measure.weight for measure in measures])
+            return mixture_pool(measures, code, self.dim, wanted, rng)
+        t = measures[1].weight / (measures[0].weight + measures[1].weight)
+        batch = settings.distillation.batch_size
+        return displacement_pool(measures, t, self.dim, wanted, batch, rng)
+
+    def _samples(self, measure: Measure, rng: torch.Generator) -> Sampler:
+        generator = measure.generator()
+        wanted = min(self.settings.training.reals, CRITICS_POOL)
+        size = pool_size(generator, self.dim, wanted, self.device)
+        return resample(drawn(generator, self.dim, size, rng)[1])
 
     def _critics(self) -> list[nn.Module]:
         # Fresh in every stage, from the seed alone: the caller's random state neither decides
@@ -177,37 +222,34 @@ class Merge:
                 self.critic() for _ in range(2 if self.settings.geodesic == "two_critics" else 1)
             ]
 
-    def _teacher(self, previous: nn.Module, new: nn.Module, t: float) -> Map:
-        if self.settings.geodesic == "displacement":
-            return lambda z: displacement(previous(z), new(z), t)
-        return mixture_map(previous, new, t)
-
-    def _pairs(self, teacher: Map, t: float) -> Pairs:
-        if self.settings.geodesic == "displacement":  # no parts: every sample is of both measures
-            return pairs_of(teacher, self.dim)
-        return pairs_of(teacher, self.dim, lambda z: favor_small_parts(z, [1 - t, t]))
-
-    def _reals(self, previous: nn.Module, new: nn.Module, t: float, seed: int) -> list[Sampler]:
-        maps: list[Map] = [self._teacher(previous, new, t)]
-        if self.settings.geodesic == "two_critics":
-            maps = [previous, new]
-        training = self.settings.training
-        # One batch at a time: that is what the displacement couples.
-        size, batch = min(POOL, max(training.reals, 1)), training.batch_size
-        rng = torch.Generator(self.device).manual_seed(seed)
-        pools = [push_forward(generator, self.dim, batch)(size, rng) for generator in maps]
-        return [resample(pool) for pool in pools]
-
-    def _key(self, previous: nn.Module, new: nn.Module, t: float, critics: list[nn.Module]) -> str:
+    def _key(
+        self, measures: Sequence[Measure], student: nn.Module, critics: list[nn.Module]
+    ) -> str:
+        """Name all that a stage depends on, what the network's code does included."""
+        z = torch.linspace(-2, 2, 4 * self.dim).reshape(4, self.dim).to(self.device)
+        with torch.no_grad():
+            does = student(z)
+        total = math.fsum(measure.weight for measure in measures)
         went_in = {
-            "measures": [digest(previous.state_dict()), digest(new.state_dict())],
+            "version": VERSION,
+            "measures": [[measure.digest, measure.weight / total] for measure in measures],
+            "start": digest({**student.state_dict(), "does": does}),
             "critics": [digest(critic.state_dict()) for critic in critics],
             "settings": asdict(self.settings),
-            "t": t,
             "seed": self.seed,
+            "device": self.device.type,
         }
         return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()
 
 
-def _text(settings: Stage) -> dict[str, str]:
-    return {name: json.dumps(value) for name, value in asdict(settings).items()}
+def _near(pool: Pool, weight: float) -> Regularizer | None:
+    """Regularizer weight * E||G(z) - x|| over the pairs of a pool."""
+    if not weight:
+        return None
+    pairs = pool.pairs()
+
+    def term(generator: nn.Module, _: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
+        z, x = pairs(len(fakes), rng)
+        return weight * (generator(z) - x).flatten(1).norm(dim=1).mean()
+
+    return term

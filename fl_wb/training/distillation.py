@@ -24,21 +24,12 @@ Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
 """Draws n latents (n, latent_dim), and the sample (n, ...) that each should become."""
 
 
-def pairs_of(
-    teacher: Callable[[Tensor], Tensor],
-    latent_dim: int,
-    move: Callable[[Tensor], Tensor] | None = None,
-) -> Pairs:
-    """Pairs of a known map of the latent: z ~ N(0, I) and teacher(z), without a graph.
-
-    With ``move``, of the latents move(z): a student of enough capacity learns the same map from
-    them, one of less follows it best where they are many.
-    """
+def pairs_of(teacher: Callable[[Tensor], Tensor], latent_dim: int) -> Pairs:
+    """Pairs of a known map of the latent: z ~ N(0, I) and teacher(z), without a graph."""
 
     @torch.no_grad()
     def draw(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         z = torch.randn(n, latent_dim, generator=rng, device=rng.device)
-        z = move(z) if move else z
         return z, teacher(z)
 
     return draw
@@ -86,6 +77,7 @@ def distill(
     ----------
     student : nn.Module
         A generator, trained in the mode that it is in: eval mode keeps normalisation statistics.
+        Parameters that require no gradient stay as they are.
     pairs : callable
         `pairs_of` a teacher, say.
     settings : Distillation
@@ -98,7 +90,8 @@ def distill(
         As in `fl_wb.training.wgan.train_wgan`.
     """
     rng = torch.Generator(device_of(student)).manual_seed(seed)
-    adam = torch.optim.Adam(groups or student.parameters(), lr=settings.lr, fused=True)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(groups or trained, lr=settings.lr, fused=True)
     rates = [(group["lr"], group.get("until", 1.0)) for group in adam.param_groups]
     state = TrainingState({"student": student}, {"student": adam}, rng)
     if checkpoint:

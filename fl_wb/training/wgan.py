@@ -24,8 +24,8 @@ from fl_wb.training.random_numbers import own_random_numbers
 Sampler = Callable[[int, torch.Generator], Tensor]
 """Draws n real samples with the given random generator."""
 
-Regularizer = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""Adds a term to the generator's loss, from its latents and its fakes."""
+Regularizer = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
+"""Adds a term to the generator's loss: from the generator, its latents and its fakes."""
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Told (iterations done, iterations in all, losses by name) after every iteration."""
@@ -116,7 +116,7 @@ def distance_to(
     if not weight:
         return None
 
-    def term(z: Tensor, fakes: Tensor, _: torch.Generator) -> Tensor:
+    def term(_: nn.Module, z: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
         with torch.no_grad():
             target = teacher(z)
         distance: Tensor = (fakes - target).flatten(1).norm(dim=1).pow(power).mean()
@@ -175,7 +175,9 @@ def train_wgan(
         if callback:
             told = {name: loss.item() for name, loss in losses.items()}
             callback(loop.state.iteration, training.iterations, told)
-    trained = Trained(loop.ema.module.eval().requires_grad_(True), loop.critics)
+    for mine, given in zip(loop.ema.module.parameters(), generator.parameters(), strict=True):
+        mine.requires_grad_(given.requires_grad)
+    trained = Trained(loop.ema.module.eval(), loop.critics)
     if not all(torch.isfinite(p).all() for p in trained.generator.parameters()):
         raise FloatingPointError(
             "WGAN training diverged: the generator's weights are not finite; lower "
@@ -226,7 +228,7 @@ class _Loop:
         fakes = self.generator(z)
         loss = -torch.stack([critic(fakes).mean() for critic in self.critics]).mean()
         if self.regularizer:
-            loss = loss + self.regularizer(z, fakes, self.rng)
+            loss = loss + self.regularizer(self.generator, z, fakes, self.rng)
         self.generator_adam.zero_grad()
         # Only the generator's gradients: the critics' would be computed and thrown away.
         loss.backward(inputs=self.trained)

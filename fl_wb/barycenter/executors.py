@@ -1,0 +1,62 @@
+"""Where the merges of one level of a barycenter's tree run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fl_wb.barycenter.stage import Merge
+from fl_wb.barycenter.teachers import Measure
+from fl_wb.training.wgan import Progress
+
+EXECUTORS = (None, "ray")
+
+Merged = tuple[nn.Module, str]
+"""A merged generator, and its key in the store."""
+
+
+def run_level(
+    merge: Merge,
+    groups: Sequence[Sequence[Measure]],
+    initial: nn.Module | None,
+    executor: str | None,
+    callbacks: Sequence[Progress | None],
+) -> list[Merged]:
+    """Merge each group, one after another or on Ray; results in the order of the groups."""
+    if executor is None or len(groups) == 1:
+        return [
+            merge.run(group, initial, callback)
+            for group, callback in zip(groups, callbacks, strict=True)
+        ]
+    return _on_ray(merge, groups, initial)
+
+
+def _on_ray(
+    merge: Merge, groups: Sequence[Sequence[Measure]], initial: nn.Module | None
+) -> list[Merged]:
+    """Merge the groups as Ray's tasks, a core each, with as many threads as here."""
+    import ray  # comes with flwr[simulation]; the mathematics does without
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    threads = torch.get_num_threads()
+
+    @ray.remote(num_cpus=1)
+    def task(sent: list[tuple[nn.Module, float, str]]) -> Merged:
+        torch.set_num_threads(threads)
+        measures = [Measure(lambda g=g: g, weight, name) for g, weight, name in sent]
+        return merge.run(measures, initial, None)
+
+    waiting = [
+        task.remote([(measure.generator(), measure.weight, measure.digest) for measure in group])
+        for group in groups
+    ]
+    merged: list[Merged] = []
+    for reference in waiting:
+        generator, key = ray.get(reference)
+        if merge.store.get(key) is None:  # in memory, or on another machine's disk
+            merge.store.put(key, generator.state_dict())
+        merged.append((generator, key))
+    return merged

@@ -1,0 +1,110 @@
+"""What a stage learns: points of a geodesic, as pairs of a latent and its sample.
+
+Ours; not in the paper. The exact mixture of K measures is one map of the latent
+(`fl_wb.generators.code`); the displacement interpolation of two is the optimal coupling of their
+batches. Pairs are drawn once, measure by measure: a generator is alive only meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fl_wb.generators.code import Code
+from fl_wb.training.distillation import Pairs
+from fl_wb.transport import displacement
+
+PAIRS = 65_536
+"""Pairs of a pool, at most. Half as many measured a fifth worse for ten sources of digits."""
+
+BYTES = 256 << 20
+"""Of a pool, at most."""
+
+BATCH = 500
+"""Latents that a generator is called with at a time."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure of a merge: what makes its generator, its weight, and a name of its state."""
+
+    generator: Callable[[], nn.Module]
+    weight: float
+    digest: str
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Latents (n, latent_dim), the samples (n, ...) that each should become, their weights (n,)."""
+
+    z: Tensor
+    x: Tensor
+    weight: Tensor
+
+    def pairs(self) -> Pairs:
+        """Draw pairs as they come, with replacement."""
+
+        def draw(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+            index = torch.randint(len(self.z), (n,), generator=rng, device=rng.device)
+            return self.z[index], self.x[index]
+
+        return draw
+
+    def samples(self, n: int, rng: torch.Generator) -> Tensor:
+        """Draw n samples of the measure itself."""
+        return self.x[torch.multinomial(self.weight, n, replacement=True, generator=rng)]
+
+
+def mixture_pool(
+    measures: Sequence[Measure], code: Code, dim: int, wanted: int, rng: torch.Generator
+) -> Pool:
+    """Draw pairs of the exact mixture, of each measure by the root of its share.
+
+    If what is learned of a measure has an error as 1 / pairs, these proportions make the mixture's
+    error, sum_k lambda_k / pairs_k, the least.
+    """
+    roots = [math.sqrt(share) for share in code.shares]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    size = wanted
+    for k, measure in enumerate(measures):
+        generator = measure.generator()
+        if not k:
+            size = pool_size(generator, dim, wanted, rng.device)
+        inner, x = drawn(generator, dim, max(round(size * roots[k] / math.fsum(roots)), 1), rng)
+        cell = torch.full((len(inner),), k, device=rng.device)
+        weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
+        parts.append((code.embed(cell, inner), x, weight))
+    return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def displacement_pool(
+    measures: Sequence[Measure], t: float, dim: int, wanted: int, batch: int, rng: torch.Generator
+) -> Pool:
+    """Draw pairs of McCann's interpolation of two measures, coupled batch by batch."""
+    one, other = (measure.generator() for measure in measures)
+    size = pool_size(one, dim, wanted, rng.device)
+    parts: list[tuple[Tensor, Tensor]] = []
+    for n in [batch] * math.ceil(size / batch):
+        z, x = drawn(one, dim, n, rng)
+        with torch.no_grad():
+            parts.append((z, displacement(x, other(z), t)))
+    z, x = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Pool(z, x, torch.ones(len(z), device=rng.device))
+
+
+@torch.no_grad()
+def drawn(generator: nn.Module, dim: int, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw n latents (n, dim) and what a generator makes of them, without a graph."""
+    z = torch.randn(n, dim, generator=rng, device=rng.device)
+    return z, torch.cat([generator(part) for part in z.split(BATCH)])
+
+
+@torch.no_grad()
+def pool_size(generator: nn.Module, dim: int, wanted: int, device: torch.device) -> int:
+    """Return how many pairs of a generator's samples are drawn: no more than fit a pool."""
+    bytes_each = 4 * (dim + generator(torch.zeros(2, dim, device=device))[0].numel())
+    return max(min(wanted, PAIRS, BYTES // bytes_each), 1)
