@@ -6,20 +6,37 @@ Wasserstein-1 Barycenter to Adaptive Coalescence", https://arxiv.org/abs/2101.09
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from logging import INFO, WARNING
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
-from fl_wb.barycenter import Stage, recursive_barycenter
-from fl_wb.generators.sampling import check_factory, generate
+from fl_wb.barycenter import (
+    Measure,
+    Merge,
+    Stage,
+    UselessMeasure,
+    barycenter_of,
+    check_executor,
+    check_fan_in,
+    stage_of,
+)
+from fl_wb.generators.networks import MLPCritic
+from fl_wb.generators.sampling import check_factory, generate, latent_dim_of
 from fl_wb.messages import generator_part, records
+from fl_wb.messages import replies as checked
 from fl_wb.messages.screening import outliers
+from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.reporting.progress import progress
@@ -29,24 +46,32 @@ from fl_wb.strategies.checks import (
     check_not_wrapped,
     check_settings,
 )
-from fl_wb.strategies.model import Model, State
-from fl_wb.strategies.role_fedavg import RoleFedAvg
+from fl_wb.strategies.model import Model, State, average
+from fl_wb.strategies.role_fedavg import Observer, RoleFedAvg
 from fl_wb.strategies.uploads import Upload, Uploads
 from fl_wb.training.wgan import Progress
 
 SCREENED = 256  # samples of each upload that are compared
 
+CONTINUED = 0.5
+"""Of a stage's iterations, where it starts at the barycenter of the round before."""
+
+CONTINUE_FROM = ("own", "average", "barycenter")
+
 
 class AdaptiveCoalescence(RoleFedAvg):
-    """Merge the nodes' generators into a recursive Wasserstein-1 barycenter.
+    """Merge the nodes' generators into a Wasserstein-1 barycenter, a stage a round.
 
-    The server keeps the latest valid generator of every node it has seen, and the barycenter of
-    these is the global model. Stages are kept, so that a round costs as many of them as there are
-    new or changed generators (and those that stand behind a changed one). A node that left stays
-    merged; once many did, their generators are folded into one (see `uploads.Uploads.fold`), and
-    one of them that comes back later counts as a new node. Uploads are merged in the order of the
-    round in which they arrived; within a round, the heaviest first. What a node sends is checked,
-    and dropped with a warning if it is no use.
+    The server keeps the latest valid upload of every node it has seen, and the barycenter of these
+    is the global model: what evaluation, `evaluate_fn` and the result get. A node that trains goes
+    on from its own last upload, and a newcomer from the barycenter (`continue_from`): its generator
+    would otherwise have to become its own anew in each round. A round's stage starts at the
+    barycenter of the round before, and a node keeps its place in the code
+    (`fl_wb.generators.code`); a round after which nobody is given the model merges nothing.
+
+    A node that left stays merged; once many did, their generators are folded into one (see
+    `uploads.Uploads.fold`), and one of them that comes back later counts as a new node. What a node
+    sends is checked, and dropped with a warning if it is no use.
 
     Where the generator is part of a larger model (`generator_keys`), that part is coalesced and all
     other arrays are averaged, over the uploads of the round, as FedAvg does.
@@ -79,10 +104,14 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         ignored.
     stage : Stage, optional
         Settings of one merge; see `fl_wb.barycenter.Stage`.
-    geodesic : {"mixture", "displacement", "two_critics"}, optional
-        Overrides the stage's geodesic.
-    iterations : int, optional
-        Overrides the stage's number of generator iterations.
+    geodesic, iterations, fan_in, executor : optional
+        As in `fl_wb.barycenter.recursive_barycenter`.
+    continue_from : {"own", "average", "barycenter"}
+        What a node goes on from when it trains: its own last upload, the average of all (as with
+        FedAvg), or the barycenter. Newcomers get the barycenter.
+    max_age : int, optional
+        Uploads that arrived more rounds ago do not count: 0 for those of the round alone. None:
+        the latest of each node does, however old it is.
     seed : int
         Same uploads and same seed: same barycenter, bit for bit on the same machine.
     store : StageStore or path, optional
@@ -96,6 +125,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     screening : float, optional
         Drop uploads that collapsed, or whose samples are more than this many times further from
         the others' than is typical (see `fl_wb.messages.screening`; 3 measured well). None: off.
+    observer, max_share : optional
+        As in `RoleFedAvg`.
     callback : callable, optional
         Called during stages with (iteration, iterations in all, losses). By default they are
         logged every few seconds.
@@ -122,11 +153,17 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         stage: Stage | None = None,
         geodesic: str | None = None,
         iterations: int | None = None,
+        fan_in: int | None = None,
+        executor: str | None = None,
+        continue_from: str = "own",
+        max_age: int | None = None,
         seed: int = 0,
         store: StageStore | str | Path | None = None,
         device: str = "cpu",
         patience: int | None = 3,
         screening: float | None = None,
+        observer: Observer | None = None,
+        max_share: float = MAX_SHARE,
         callback: Progress | None = None,
     ) -> None:
         super().__init__(
@@ -140,21 +177,28 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             configrecord_key,
             train_metrics_aggr_fn,
             evaluate_metrics_aggr_fn,
+            observer=observer,
+            max_share=max_share,
         )
         check_factory("generator", generator)
         if critic is not None:
             check_factory("critic", critic)
         if refit is not None and generator_keys is None:
             raise ValueError("refit without generator_keys: no other part of the model is there")
-        check_settings(stage, geodesic, iterations, seed, patience, screening)
+        check_settings(seed, patience, screening, max_age)
+        if continue_from not in CONTINUE_FROM:
+            allowed = ", ".join(CONTINUE_FROM)
+            raise ValueError(f"continue_from={continue_from!r} is not one of {allowed}")
         self.generator = generator
         self.critic = critic
         self.latent_dim = latent_dim
         self.generator_keys = generator_part.check_prefixes(generator_keys)
         self.refit = refit
-        self.stage = stage
-        self.geodesic = geodesic
-        self.iterations = iterations
+        self.stage = stage_of(stage, geodesic, None, iterations)
+        self.fan_in = check_fan_in(fan_in, self.stage)
+        self.executor = check_executor(executor)
+        self.continue_from = continue_from
+        self.max_age = max_age
         self.seed = seed
         self.store = store if isinstance(store, StageStore) else StageStore(store)
         self.device = device
@@ -163,6 +207,18 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self._patience = patience
         self._model: Model | None = None
         self._uploads = Uploads()
+        self._merged: State | None = None  # the barycenter, under the generator's own names
+        self._average: ArrayRecord | None = None  # of the uploads, while a round is configured
+        self._last_round: int | None = None
+        self._evaluated = True  # by the server itself
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Result:
+        """Execute the strategy; see `flwr.serverapp.strategy.FedAvg.start`."""
+        given = inspect.signature(super().start).bind(grid, initial_arrays, *args, **kwargs)
+        given.apply_defaults()
+        self._last_round = given.arguments["num_rounds"]
+        self._evaluated = given.arguments["evaluate_fn"] is not None
+        return super().start(grid, initial_arrays, *args, **kwargs)
 
     def summary(self) -> None:
         """Log summary configuration of the strategy.
@@ -174,11 +230,11 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         """
         check_not_wrapped()
         super().summary()
-        stage = self.stage or Stage()
-        iterations = stage.training.iterations if self.iterations is None else self.iterations
         log(INFO, "\t└──> Barycenter:")
-        log(INFO, "\t\t├── Geodesic: '%s'", self.geodesic or stage.geodesic)
-        log(INFO, "\t\t├── Iterations a stage: %d", iterations)
+        log(INFO, "\t\t├── Geodesic: '%s'", self.stage.geodesic)
+        log(INFO, "\t\t├── Iterations a stage: %d", self.stage.iterations)
+        log(INFO, "\t\t├── Measures a stage: up to %d", self.fan_in)
+        log(INFO, "\t\t├── Nodes go on from: '%s'", self.continue_from)
         if self.generator_keys is not None:
             log(INFO, "\t\t├── Of the arrays: %s", ", ".join(self.generator_keys))
         log(INFO, "\t\t└── Stages kept in: %s", self.store.folder or "memory")
@@ -195,38 +251,36 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         """
         if server_round == 1 or self._model is None:
             self._begin(arrays)
-        return super().configure_train(server_round, arrays, config, grid)
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        for message in messages:
+            model = self._model_for(message.metadata.dst_node_id)
+            if model is not None:  # one record each: the messages of a round share theirs
+                content = {**message.content, self.arrayrecord_key: model}
+                message.content = RecordDict(content)
+        self._average = None
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Merge the uploads; the arrays are None (the model stays) if none is valid."""
         received = self._received(replies, is_train=True)
-        kept, others, before = [], [], self._uploads.copy()
+        contents = dict(received)
+        arrived: dict[int, tuple[float, str, State]] = {}
         for node_id, content in received:
             try:
-                upload, rest = self._read(server_round, content)
+                arrived[node_id] = self._read(content)
             except records.InvalidUpload as error:
-                log(WARNING, "aggregate_train: dropped the upload of node %d: %s", node_id, error)
-                continue
-            self._uploads.put(node_id, upload)
-            kept.append((node_id, content))
-            others.append((node_id, upload.weight, rest))
-        kept = self._screened(kept)
-        good = {node_id for node_id, _ in kept}
-        others = [other for other in others if other[0] in good]
-        self._judge({node_id for node_id, _ in received} - good, good)
-        alike = self._alike(kept, "aggregate_train")
-        metrics = self.train_metrics_aggr_fn(alike, self.weighted_by_key) if alike else None
-        arrays = None
-        if not kept:
+                self._drop(node_id, str(error))
+        self._uploads.put(server_round, arrived)
+        self._screen()
+        arrays = self._merge_if_needed(server_round)
+        good = arrived.keys() & self._uploads.of_nodes().keys()
+        if not good:
             log(WARNING, "no valid upload in round %d: the model stays", server_round)
-        elif (state := self._merge()) is not None:
-            assert self._model is not None
-            arrays = self._model.whole(state, others)
-        if arrays is None:
-            self._uploads = before  # what the model is made of
-        metrics = MetricRecord(dict(metrics or {}))
+        self._judge(contents.keys() - good, good)
+        kept = [(node_id, content) for node_id, content in received if node_id in good]
+        metrics = MetricRecord(dict(self._metrics(server_round, kept, is_train=True) or {}))
         metrics["uploads-merged"] = len(self._uploads)
         metrics["uploads-dropped"] = len(received) - len(kept)
         return arrays, metrics
@@ -237,77 +291,173 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         generative, _ = generator_part.split(arrays, self.generator_keys)
         network = check_networks(generative, self.generator, self.critic, self.latent_dim)
         self._model = Model(arrays, network, self.generator_keys, self.refit)
-        self._uploads = Uploads()
+        self._uploads, self._merged = Uploads(), None
         self._strikes.clear()
 
-    def _read(self, server_round: int, content: RecordDict) -> tuple[Upload, State]:
-        """Check one reply; an InvalidUpload says what is wrong with it."""
-        weight = self._weight(content)
-        arrays = list(content.array_records.values())
-        if len(arrays) != 1:
-            raise records.InvalidUpload(f"it has {len(arrays)} ArrayRecords instead of one")
-        assert self._model is not None
-        state, rest = self._model.read(arrays[0])
-        records.check_samples(self._network(state), latent_dim=self.latent_dim)
-        return Upload(server_round, weight, digest(state), state), rest
+    def _read(self, content: RecordDict) -> tuple[float, str, State]:
+        """Check one reply: its weight, its generator's digest, its arrays.
 
-    def _screened(self, kept: list[tuple[int, RecordDict]]) -> list[tuple[int, RecordDict]]:
+        Raises
+        ------
+        InvalidUpload
+            Saying what is wrong with it.
+        """
+        weight = self._weight(content)
+        assert self._model is not None
+        state = self._model.read(checked.model(content))
+        generator = self._model.generator(state)
+        records.check_samples(self._network(generator), latent_dim=self.latent_dim)
+        return weight, digest(generator), state
+
+    def _model_for(self, node_id: int) -> ArrayRecord | None:
+        """Return what a node goes on from, unless that is the round's model."""
+        assert self._model is not None
+        upload = self._uploads.get(node_id)
+        if self.continue_from == "own" and upload is not None:
+            return self._model.record(self._uploads.state(upload))
+        if self.continue_from == "average" and len(self._uploads):
+            if self._average is None:
+                uploads = self._uploads.of_nodes().values()
+                mean = average((self._uploads.state(u), u.weight) for u in uploads)
+                self._average = self._model.record(mean)
+            return self._average
+        return None
+
+    def _screen(self) -> None:
         """Drop the uploads, of this round and before, that are too far from the others."""
         if self.screening is None:
-            return kept
+            return
         uploads = self._uploads.of_nodes()
         nodes = sorted(uploads)
-        networks = (self._network(uploads[node_id].state) for node_id in nodes)
         samples = [
-            generate(network, SCREENED, seed=self.seed, latent_dim=self.latent_dim)
-            for network in networks
+            generate(self._of(uploads[node]), SCREENED, seed=self.seed, latent_dim=self.latent_dim)
+            for node in nodes
         ]
         for index, why in outliers(samples, threshold=self.screening, seed=self.seed):
-            log(
-                WARNING,
-                "aggregate_train: dropped the upload of node %d: %s (screening=%s)",
-                nodes[index],
-                why,
-                self.screening,
-            )
-            self._uploads.drop(nodes[index])
-        left = self._uploads.of_nodes()
-        return [(node_id, content) for node_id, content in kept if node_id in left]
+            self._drop(nodes[index], f"{why} (screening={self.screening})")
+
+    def _drop(self, node_id: int, why: str) -> None:
+        log(WARNING, "aggregate_train: dropped the upload of node %d: %s", node_id, why)
+        self._uploads.drop(node_id)
 
     def _network(self, state: State) -> nn.Module:
         network = self.generator()
         network.load_state_dict(state)
         return network
 
-    def _merge(self) -> State | None:
-        """Return the barycenter of all uploads, or None if it came to nothing."""
-        began = perf_counter()
+    def _of(self, upload: Upload) -> nn.Module:
+        """Make an upload's generator."""
+        assert self._model is not None
+        return self._network(self._model.generator(self._uploads.state(upload)))
+
+    def _merge_if_needed(self, server_round: int) -> ArrayRecord | None:
+        """Return the model of all uploads that count, if somebody is given it."""
+        needed = (
+            self.fraction_evaluate > 0
+            or self._evaluated
+            or self.continue_from == "barycenter"
+            or self._last_round is None
+            or server_round >= self._last_round
+        )
+        if not needed:
+            log(INFO, "aggregate_train: nobody is given this round's model: nothing is merged")
+        if not (needed and self._uploads.changed):
+            return None
         if folded := self._uploads.fold(self._connected, self._barycenter):
             log(INFO, "aggregate_train: folded the generators of %d nodes that left", folded)
-        merged = self._barycenter(self._uploads.ordered())
-        log(INFO, "aggregate_train: merged in %.1f s", perf_counter() - began)
-        return merged
+        merged = self._barycenter(self._counted(server_round))
+        if merged is None:
+            return None
+        self._merged, self._uploads.changed = merged, False
+        assert self._model is not None
+        others: State = {}
+        if self._model.has_others:
+            latest = self._uploads.latest()
+            others = average((self._uploads.state(u), u.weight) for u in latest)
+        return self._model.whole(merged, others)
+
+    def _counted(self, server_round: int) -> list[Upload]:
+        """Return the uploads that count, and forget those that are too old."""
+        if self.max_age is not None:
+            for node_id, upload in self._uploads.of_nodes().items():
+                if server_round - upload.round > self.max_age:
+                    self._drop(node_id, f"it is of round {upload.round} (max_age={self.max_age})")
+        return self._uploads.ordered()
 
     def _barycenter(self, uploads: Sequence[Upload]) -> State | None:
-        total = sum(upload.weight for upload in uploads)
-        shares = ", ".join(f"{upload.weight / total:.3g}" for upload in uploads)
-        log(INFO, "aggregate_train: merging %d generators with weights %s", len(uploads), shares)
-        try:
-            barycenter = recursive_barycenter(
-                [self._network(upload.state) for upload in uploads],
-                [upload.weight for upload in uploads],
-                critic=self.critic,
-                stage=self.stage,
-                geodesic=self.geodesic,
-                iterations=self.iterations,
-                seed=self.seed,
-                latent_dim=self.latent_dim,
-                store=self.store,
-                device=self.device,
-                callback=self.callback or progress("Barycenter"),
+        """Merge uploads, without those that turn out to be of no use; None if it fails."""
+        began, uploads = perf_counter(), list(uploads)
+        network = self.generator()
+        merge = Merge(
+            self.stage,
+            self.critic or (lambda: MLPCritic(self._shape(network))),
+            latent_dim_of(network, self.latent_dim),
+            self.seed,
+            self.store,
+            torch.device(self.device),
+        )
+        initial = None
+        if self._merged is not None:
+            initial = self._network(self._merged)
+            distillation = self.stage.distillation
+            iterations = round(distillation.iterations * CONTINUED)
+            shorter = replace(distillation, iterations=iterations)
+            merge = replace(merge, settings=replace(self.stage, distillation=shorter))
+        while uploads:
+            weights = self._weights(uploads)
+            total = sum(weights)
+            shares = ", ".join(f"{weight / total:.3g}" for weight in weights[:20])
+            more = ", ..." if len(weights) > 20 else ""
+            log(
+                INFO,
+                "aggregate_train: merging %d generators with weights %s%s",
+                len(uploads),
+                shares,
+                more,
             )
-            records.check_samples(barycenter, latent_dim=self.latent_dim)
-        except (FloatingPointError, records.InvalidUpload) as error:
-            log(WARNING, "aggregate_train: the merge failed (%s): the model stays", error)
-            return None
-        return {name: value.cpu() for name, value in barycenter.state_dict().items()}
+            measures = [
+                Measure(lambda u=upload: self._of(u), weight, upload.digest)  # type: ignore[misc]
+                for upload, weight in zip(uploads, weights, strict=True)
+            ]
+            try:
+                merged = barycenter_of(
+                    measures,
+                    merge,
+                    fan_in=self.fan_in,
+                    initial=initial,
+                    executor=self.executor,
+                    callback=self.callback or progress("Barycenter"),
+                )
+                records.check_samples(merged, latent_dim=self.latent_dim)
+            except UselessMeasure as error:
+                self._drop_measure(error)
+                uploads = [upload for upload in uploads if upload.digest != error.digest]
+            except (FloatingPointError, records.InvalidUpload) as error:
+                log(WARNING, "aggregate_train: the merge failed (%s): the model stays", error)
+                return None
+            else:
+                log(INFO, "aggregate_train: merged in %.1f s", perf_counter() - began)
+                return {name: value.cpu() for name, value in merged.state_dict().items()}
+        return None
+
+    def _drop_measure(self, error: UselessMeasure) -> None:
+        for node_id, upload in self._uploads.of_nodes().items():
+            if upload.digest == error.digest:
+                self._drop(node_id, str(error))
+
+    def _weights(self, uploads: Sequence[Upload]) -> list[float]:
+        said = [upload.weight for upload in uploads]
+        weights = bounded_weights(said, self.max_share, [upload.nodes for upload in uploads])
+        if weights != said:
+            log(
+                WARNING,
+                "aggregate_train: no node weighs more than max_share=%s lets it: the "
+                "largest of %d said %.3g",
+                self.max_share,
+                len(said),
+                max(said),
+            )
+        return weights
+
+    def _shape(self, network: nn.Module) -> tuple[int, ...]:
+        return tuple(generate(network, 2, latent_dim=self.latent_dim).shape[1:])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
-from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
+from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
 
 from fl_wb.messages import generator_part, records
@@ -45,41 +44,40 @@ class Model:
         self._others = {name: _template(name, array) for name, array in others.items()}
         self._all = {self._head + name: value.cpu() for name, value in own.items()} | self._others
 
-    def read(self, arrays: ArrayRecord) -> tuple[State, State]:
-        """Return the generator's arrays, under its own names, and the others.
+    def read(self, arrays: ArrayRecord) -> State:
+        """Return an upload's arrays, checked.
 
         Raises
         ------
         InvalidUpload
             If they are not what this model is made of; see `fl_wb.messages.records.validate`.
         """
-        state = records.validate(arrays, self._all)
-        rest = {name: state.pop(name) for name in self._others}
-        return {name.removeprefix(self._head): value for name, value in state.items()}, rest
+        return records.validate(arrays, self._all)
 
-    def whole(self, generator: State, others: Sequence[tuple[int, float, State]]) -> ArrayRecord:
-        """Put a merged generator and the average of all other arrays together.
+    def generator(self, state: State) -> State:
+        """Return the generator's arrays, under its own names."""
+        return {
+            name.removeprefix(self._head): value
+            for name, value in state.items()
+            if name not in self._others
+        }
 
-        Parameters
-        ----------
-        generator : dict
-            Under its own names.
-        others : sequence
-            Of each upload of the round: node id, weight, other arrays.
-        """
-        generator = {self._head + name: value for name, value in generator.items()}
-        if not self._others:
-            return records.like(generator, self._initial)
-        replies = [
-            RecordDict({"arrays": ArrayRecord(rest), "metrics": MetricRecord({"weight": weight})})
-            # by node, so that sums keep their order
-            for _, weight, rest in sorted(others, key=lambda other: other[0])
-        ]
-        # As nodes' arrays are read: a counter's average is rounded.
-        rest = records.validate(aggregate_arrayrecords(replies, "weight"), self._others)
+    def record(self, state: State) -> ArrayRecord:
+        """Return a model as it travels: names, order and types of the initial arrays."""
+        return records.like(state, self._initial)
+
+    def whole(self, generator: State, others: State) -> ArrayRecord:
+        """Put a merged generator, under its own names, and all other arrays together."""
+        whole = {self._head + name: value for name, value in generator.items()}
+        whole |= {name: others[name] for name in self._others}
         if self._refit is not None:
-            rest = self._refitted({**generator, **rest})
-        return records.like({**generator, **rest}, self._initial)
+            whole |= self._refitted(whole)
+        return self.record(whole)
+
+    @property
+    def has_others(self) -> bool:
+        """Whether there is more to the model than its generator."""
+        return bool(self._others)
 
     def _refitted(self, whole: State) -> State:
         assert self._refit is not None
@@ -89,6 +87,24 @@ class Model:
             return records.validate(generator_part.split(found, self._prefixes)[1], self._others)
         except records.InvalidUpload as error:
             raise ValueError(f"refit returned arrays that do not fit: {error}") from error
+
+
+def average(parts: Iterable[tuple[State, float]]) -> State:
+    """Return the weighted average of states, as FedAvg makes it; whole numbers are rounded.
+
+    One state is held at a time, beside the sum.
+    """
+    total, mean, kinds = 0.0, {}, {}
+    for state, weight in parts:
+        total += weight
+        for name, value in state.items():
+            kinds[name] = value.dtype
+            before = mean.get(name, torch.zeros_like(value, dtype=torch.float64))
+            mean[name] = before + (value.double() - before) * (weight / total)
+    return {
+        name: (value if kinds[name].is_floating_point else value.round()).to(kinds[name])
+        for name, value in mean.items()
+    }
 
 
 def _template(name: str, array: Array) -> Tensor:

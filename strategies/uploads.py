@@ -1,60 +1,73 @@
-"""What the server keeps of the nodes: the latest generator of each, and of those that left, one.
+"""What the server keeps of the nodes: the latest upload of each, and of those that left, one.
 
-A node that left stays part of the barycenter. Its generator need not be kept for that: the
-recursion nu_k = merge(nu_{k-1}, mu_k) at t_k = lambda_k / Lambda_k goes on from the barycenter of
-the first generators, with their weights' sum, as it does from the generators themselves.
+A node that left stays part of the barycenter. Its generator need not be kept for that: a stage goes
+on from the barycenter of the first generators, with their weights' sum, as it does from the
+generators themselves.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.persistence.tensor_files import digest
+
 KEPT = 8  # generators of nodes that left are kept apart, at least: some nodes come back
+MEMORY = 1 << 30  # bytes of uploads; more of them are kept on disk
+FOLDED = "folded"
+
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Upload:
-    """The latest generator of one node, and the round in which it first arrived.
+    """The latest upload of one node; its arrays are in `Uploads`.
 
     Or the barycenter of several such, with the sum of their weights; `nodes` is their number.
+
+    Attributes
+    ----------
+    key
+        Under which its arrays are kept.
+    round
+        In which it arrived.
+    place
+        In the order of the merge: the node's cell, which it keeps from round to round.
+    weight
+        lambda_k.
+    digest
+        Of the generator's arrays.
+    nodes
+        How many it stands for.
     """
 
+    key: str
     round: int
+    place: int
     weight: float
     digest: str
-    state: dict[str, Tensor]
     nodes: int = 1
 
 
 class Uploads:
-    """The generators of which the model is made; at most twice as many as there are nodes."""
+    """The uploads of which the model is made; at most twice as many as there are nodes."""
 
     def __init__(self) -> None:
         self._of: dict[int, Upload] = {}
         self._folded: Upload | None = None
+        self.changed = False  # since its owner last said that it is not
+        self._states = StageStore()
+        self._bytes = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __len__(self) -> int:
         """Count the nodes whose generators are merged, also those that left."""
         return len(self._of) + (self._folded.nodes if self._folded else 0)
-
-    def copy(self) -> Uploads:
-        """Return a copy that later changes leave alone."""
-        made = Uploads()
-        made._of, made._folded = dict(self._of), self._folded
-        return made
-
-    def put(self, node_id: int, upload: Upload) -> None:
-        """Keep a node's upload, unless it sent the same before (and keeps its place then)."""
-        known = self._of.get(node_id)
-        if known is None or (known.digest, known.weight) != (upload.digest, upload.weight):
-            self._of[node_id] = upload
-
-    def drop(self, node_id: int) -> None:
-        """Forget a node's upload."""
-        del self._of[node_id]
 
     def of_nodes(self) -> dict[int, Upload]:
         """Return the uploads that are kept apart, by node id."""
@@ -62,32 +75,88 @@ class Uploads:
 
     def ordered(self) -> list[Upload]:
         """Return what to merge, in an order that no network delay can change."""
-        return ([self._folded] if self._folded else []) + _sorted(self._of.values())
+        return ([self._folded] if self._folded else []) + _in_place(self._of.values())
+
+    def state(self, upload: Upload) -> State:
+        """Return an upload's arrays."""
+        found = self._states.get(upload.key)
+        if found is None:
+            raise FileNotFoundError(f"the upload {upload.key} is gone from {self._states.folder}")
+        return found
+
+    def put(self, server_round: int, arrived: dict[int, tuple[float, str, State]]) -> None:
+        """Keep what nodes sent in a round: weight, digest of the generator, arrays, by node id.
+
+        A node keeps its place; those that are new come behind, the heaviest first.
+        """
+        last = max((upload.place for upload in self._of.values()), default=-1)
+        new = sorted(
+            arrived.keys() - self._of.keys(), key=lambda node: (-arrived[node][0], arrived[node][1])
+        )
+        places = {node: upload.place for node, upload in self._of.items()}
+        places |= {node: last + 1 + k for k, node in enumerate(new)}
+        for node, (weight, name, state) in arrived.items():
+            before = self._of.get(node)
+            self.changed |= before is None or (before.weight, before.digest) != (weight, name)
+            self._of[node] = Upload(str(node), server_round, places[node], weight, name)
+            self._keep(str(node), state)
+
+    def get(self, node_id: int) -> Upload | None:
+        """Return a node's upload, or None."""
+        return self._of.get(node_id)
+
+    def latest(self) -> list[Upload]:
+        """Return the uploads of the last round that brought any."""
+        last = max((upload.round for upload in self._of.values()), default=0)
+        return [upload for upload in self.ordered() if upload.round == last]
+
+    def drop(self, node_id: int) -> None:
+        """Forget a node's upload, if there is one."""
+        if (upload := self._of.pop(node_id, None)) is not None:
+            self._states.drop(upload.key)
+            self.changed = True
 
     def fold(
         self,
         connected: Collection[int],
-        merge: Callable[[Sequence[Upload]], dict[str, Tensor] | None],
+        merge: Callable[[Sequence[Upload]], State | None],
     ) -> int:
         """Replace the generators of nodes that left by their barycenter, once they are many.
 
         That is, more than `KEPT` and more than there are nodes. `merge` makes the barycenter's
         state, or None if it cannot. Returns the number of nodes folded.
         """
-        gone = {node_id: self._of[node_id] for node_id in self._of.keys() - set(connected)}
+        gone = {node: upload for node, upload in self._of.items() if node not in connected}
         if len(gone) <= max(KEPT, len(connected)):
             return 0
-        parts = ([self._folded] if self._folded else []) + _sorted(gone.values())
+        parts = ([self._folded] if self._folded else []) + _in_place(gone.values())
         state = merge(parts)
         if state is None:
             return 0
-        total = sum(part.weight for part in parts)
-        nodes = sum(part.nodes for part in parts)
-        self._folded = Upload(parts[-1].round, total, "", state, nodes)
-        for node_id in gone:
-            del self._of[node_id]
+        self._folded = replace(
+            parts[-1],
+            key=FOLDED,
+            place=-1,
+            weight=sum(part.weight for part in parts),
+            digest=digest(state),
+            nodes=sum(part.nodes for part in parts),
+        )
+        for node in gone:
+            self.drop(node)
+        self._keep(FOLDED, state)
         return len(gone)
 
+    def _keep(self, key: str, state: State) -> None:
+        self._bytes += sum(value.numel() * value.element_size() for value in state.values())
+        if self._bytes > MEMORY and self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="fl-wb-uploads-")
+            on_disk = StageStore(Path(self._folder.name))
+            for upload in self.ordered():
+                if (found := self._states.get(upload.key)) is not None:
+                    on_disk.put(upload.key, found)
+            self._states = on_disk
+        self._states.put(key, state)
 
-def _sorted(uploads: Collection[Upload]) -> list[Upload]:
-    return sorted(uploads, key=lambda upload: (upload.round, -upload.weight, upload.digest))
+
+def _in_place(uploads: Collection[Upload]) -> list[Upload]:
+    return sorted(uploads, key=lambda upload: upload.place)

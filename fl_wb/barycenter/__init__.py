@@ -5,10 +5,17 @@ Imports `training` and what lies below it.
 
 from __future__ import annotations
 
+from fl_wb.barycenter.executors import check_executor
 from fl_wb.barycenter.optimality import optimality_gap
-from fl_wb.barycenter.recursion import FAN_IN, barycenter_of, recursive_barycenter
+from fl_wb.barycenter.recursion import (
+    FAN_IN,
+    barycenter_of,
+    check_fan_in,
+    recursive_barycenter,
+    stage_of,
+)
 from fl_wb.barycenter.stage import GEODESICS, STARTS, Merge, Stage
-from fl_wb.barycenter.teachers import Measure
+from fl_wb.barycenter.teachers import Measure, UselessMeasure
 
 __all__ = [
     "FAN_IN",
@@ -17,7 +24,11 @@ __all__ = [
     "Measure",
     "Merge",
     "Stage",
+    "UselessMeasure",
     "barycenter_of",
+    "check_executor",
+    "check_fan_in",
     "optimality_gap",
     "recursive_barycenter",
+    "stage_of",
 ]

@@ -13,6 +13,14 @@ from fl_wb.training.wgan import Progress
 
 EXECUTORS = (None, "ray")
 
+
+def check_executor(executor: str | None) -> str | None:
+    """Return the name of an executor; ValueError if there is none of that name."""
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor={executor!r} is not one of {', '.join(map(str, EXECUTORS))}")
+    return executor
+
+
 Merged = tuple[nn.Module, str]
 """A merged generator, and its key in the store."""
 

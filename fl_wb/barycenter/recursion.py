@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fl_wb.barycenter.executors import EXECUTORS, run_level
+from fl_wb.barycenter.executors import check_executor, run_level
 from fl_wb.barycenter.stage import Merge, Stage
 from fl_wb.barycenter.teachers import Measure
 from fl_wb.generators.networks import MLPCritic
@@ -105,7 +105,7 @@ def recursive_barycenter(
     if not len(generators):
         raise ValueError("a barycenter of no generators: give one at least")
     lambdas = check_weights(weights, len(generators))
-    settings = _settings(stage, geodesic, start, iterations)
+    settings = stage_of(stage, geodesic, start, iterations)
     first = generators[0]
     home = device_of(first)
     merge = Merge(
@@ -136,9 +136,8 @@ def barycenter_of(
     callback: Progress | None = None,
 ) -> nn.Module:
     """Merge measures; see `recursive_barycenter`, which makes them of generators."""
-    widest = _check_fan_in(fan_in, merge.settings)
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor={executor!r} is not one of {', '.join(map(str, EXECUTORS))}")
+    widest = check_fan_in(fan_in, merge.settings)
+    check_executor(executor)
     keys: list[str] = []
     done, total = 0, _stages(len(measures), widest)
     while len(measures) > 1:
@@ -200,7 +199,8 @@ def _stages(n: int, fan_in: int) -> int:
     return groups + _stages(groups, fan_in)
 
 
-def _check_fan_in(fan_in: int | None, settings: Stage) -> int:
+def check_fan_in(fan_in: int | None, settings: Stage) -> int:
+    """Return how many measures a stage merges; ValueError if its geodesic cannot."""
     pairs = settings.geodesic != "mixture"
     if fan_in is None:
         return 2 if pairs else FAN_IN
@@ -210,9 +210,10 @@ def _check_fan_in(fan_in: int | None, settings: Stage) -> int:
     return fan_in
 
 
-def _settings(
+def stage_of(
     stage: Stage | None, geodesic: str | None, start: str | None, iterations: int | None
 ) -> Stage:
+    """Return the settings of a stage, with those that were given apart in place of its own."""
     settings = stage or Stage()
     settings = replace(
         settings, geodesic=geodesic or settings.geodesic, start=start or settings.start

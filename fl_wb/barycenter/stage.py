@@ -20,9 +20,10 @@ from fl_wb.barycenter.teachers import (
     Measure,
     Pool,
     displacement_pool,
-    drawn,
+    latents,
     mixture_pool,
     pool_size,
+    samples_of,
 )
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
@@ -211,7 +212,7 @@ class Merge:
         generator = measure.generator()
         wanted = min(self.settings.training.reals, CRITICS_POOL)
         size = pool_size(generator, self.dim, wanted, self.device)
-        return resample(drawn(generator, self.dim, size, rng)[1])
+        return resample(samples_of(measure, generator, latents(size, self.dim, rng)))
 
     def _critics(self) -> list[nn.Module]:
         # Fresh in every stage, from the seed alone: the caller's random state neither decides

@@ -37,6 +37,18 @@ class Measure:
     digest: str
 
 
+class UselessMeasure(ValueError):
+    """A generator that fails, or makes what nothing can be learned from."""
+
+    def __init__(self, digest: str, why: str) -> None:
+        super().__init__(digest, why)  # both, so that it can be sent from another process
+        self.digest, self.why = digest, why
+
+    def __str__(self) -> str:
+        """Say why."""
+        return self.why
+
+
 @dataclass(frozen=True)
 class Pool:
     """Latents (n, latent_dim), the samples (n, ...) that each should become, their weights (n,)."""
@@ -74,7 +86,9 @@ def mixture_pool(
         generator = measure.generator()
         if not k:
             size = pool_size(generator, dim, wanted, rng.device)
-        inner, x = drawn(generator, dim, max(round(size * roots[k] / math.fsum(roots)), 1), rng)
+        n = max(round(size * roots[k] / math.fsum(roots)), 2)
+        inner = latents(n, dim, rng)
+        x = samples_of(measure, generator, inner)
         cell = torch.full((len(inner),), k, device=rng.device)
         weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
         parts.append((code.embed(cell, inner), x, weight))
@@ -89,18 +103,34 @@ def displacement_pool(
     size = pool_size(one, dim, wanted, rng.device)
     parts: list[tuple[Tensor, Tensor]] = []
     for n in [batch] * math.ceil(size / batch):
-        z, x = drawn(one, dim, n, rng)
-        with torch.no_grad():
-            parts.append((z, displacement(x, other(z), t)))
+        z = latents(n, dim, rng)
+        x, y = samples_of(measures[0], one, z), samples_of(measures[1], other, z)
+        parts.append((z, displacement(x, y, t)))
     z, x = (torch.cat(column) for column in zip(*parts, strict=True))
     return Pool(z, x, torch.ones(len(z), device=rng.device))
 
 
 @torch.no_grad()
-def drawn(generator: nn.Module, dim: int, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw n latents (n, dim) and what a generator makes of them, without a graph."""
-    z = torch.randn(n, dim, generator=rng, device=rng.device)
-    return z, torch.cat([generator(part) for part in z.split(BATCH)])
+def samples_of(measure: Measure, generator: nn.Module, z: Tensor) -> Tensor:
+    """Return what a measure's generator, perhaps a stranger's, makes of latents, without a graph.
+
+    Raises
+    ------
+    UselessMeasure
+        If it fails, or makes samples that are not finite.
+    """
+    try:
+        x = torch.cat([generator(part) for part in z.split(BATCH)])
+    except (RuntimeError, ArithmeticError, ValueError) as error:
+        raise UselessMeasure(measure.digest, f"the generator fails to generate: {error}") from error
+    if not x.isfinite().all():
+        raise UselessMeasure(measure.digest, "the generator makes samples that are not finite")
+    return x
+
+
+def latents(n: int, dim: int, rng: torch.Generator) -> Tensor:
+    """Draw latents (n, dim)."""
+    return torch.randn(n, dim, generator=rng, device=rng.device)
 
 
 @torch.no_grad()
