@@ -64,13 +64,12 @@ class Ensemble(Combining):
 
     The model is a `fl_wb.generators.mixture.Mixture`: K times as large as a barycenter, on the wire
     and at the target, and what no single generator can beat by much. The arguments are those of
-    `flwr.serverapp.strategy.FedAvg`; the value under `weighted_by_key` is a node's weight.
+    `RoleFedAvg`; the value under `weighted_by_key` is a node's weight.
     """
 
-    def combine(self, uploads: Sequence[Whole]) -> dict[str, Tensor]:
+    def combine(self, uploads: Sequence[Whole], weights: Sequence[float]) -> dict[str, Tensor]:
         """Return the state of the mixture."""
-        weights = torch.tensor([upload.weight for upload in uploads])
-        return states_as_mixture([upload.state for upload in uploads], weights)
+        return states_as_mixture([upload.state for upload in uploads], torch.tensor(weights))
 
 
 class Transfer(Combining):
