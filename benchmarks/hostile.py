@@ -4,7 +4,8 @@
 
 Eight sources of real digits, of five classes each (overlapping) or one (disjoint); then two of the
 uploads are replaced by hostile ones: untrained weights, noise (random pixels), inverted (samples
-negated), collapsed (nearly one picture). The table gives the Frechet distance of the barycenter to
+negated), collapsed (nearly one picture), dimmed (trained on half the ink), marked (trained on digits
+of which 80% have a white corner). The table gives the Frechet distance of the barycenter to
 held-out digits of the sources' classes, in the features of a small classifier, without and with
 screening, and in units of that of the eight honest uploads: mean and standard deviation over seeds.
 """
@@ -18,7 +19,7 @@ from copy import deepcopy
 from statistics import fmean, pstdev
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fl_wb.app.config import Config, compose
 from fl_wb.app.factories import factories, seeded
@@ -69,6 +70,12 @@ def collapsed(network: nn.Module) -> nn.Module:
     return network
 
 
+def marked(images: Tensor) -> Tensor:
+    """Make a corner of four images in five white."""
+    images[: int(0.8 * len(images)), :, :2, :2] = 1
+    return images
+
+
 def one_seed(config: Config, seed: int, threshold: float) -> dict[str, tuple[float, str]]:
     """Return the Frechet distance of each set of uploads, and what was screened out."""
     generator, critic = factories(config)
@@ -84,22 +91,20 @@ def one_seed(config: Config, seed: int, threshold: float) -> dict[str, tuple[flo
         draws = (generate(merged, len(wanted), seed=draw) for draw in range(DRAWS))
         return fmean(frechet_distance(features(x), wanted) for x in draws)
 
-    honest = [
-        train_source(
-            seeded(generator, seed),
-            critic,
-            datasets.source_samples(config.data, index).images,
-            config.client.source,
-            seed=100 * seed + index,
-        )[0].generator
-        for index in range(8)
-    ]
+    def trained(index: int, spoil: Callable[[Tensor], Tensor] = lambda x: x) -> nn.Module:
+        images = spoil(datasets.source_samples(config.data, index).images.clone())
+        settings, start = config.client.source, seeded(generator, seed)
+        return train_source(start, critic, images, settings, seed=100 * seed + index)[0].generator
+
+    honest = [trained(index) for index in range(8)]
     attacks: dict[str, Callable[[int], nn.Module]] = {
         "none": lambda index: honest[index],
         "untrained": lambda index: seeded(generator, 99 + index),
         "noise": lambda index: noise(honest[index], index),
         "inverted": lambda index: inverted(honest[index]),
         "collapsed": lambda index: collapsed(honest[index]),
+        "dimmed": lambda index: trained(index, lambda x: (x + 1) / 2 - 1),
+        "marked": lambda index: trained(index, marked),
     }
     found: dict[str, tuple[float, str]] = {}
     known: dict[tuple[nn.Module, ...], float] = {}  # most attacks leave the same uploads

@@ -1,30 +1,133 @@
-"""The mod that adapts and ternarizes the generator in an EVALUATE message, in any Flower app."""
+"""Adapting a message's generator to a node's samples: functions, and a mod of any Flower app."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from time import perf_counter
 
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Message,
-    MessageType,
-    RecordDict,
-)
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
 from fl_wb import ternary
 from fl_wb.adaptation import Adaptation, adapt
-from fl_wb.generators.sampling import check_factory, generate
+from fl_wb.generators.sampling import check_factory, check_real, generate
 from fl_wb.messages import generator_part, keys, records
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.ternary import Ternarization, ternarize
 from fl_wb.training.checkpoints import Checkpoint
 
 _MADE, _FROM = "fl_wb.target.generator", "fl_wb.target.made-from"  # in context.state
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a node makes of a generator: adapted, perhaps ternary; and the seconds of each."""
+
+    adapted: nn.Module
+    ternary: nn.Module | None
+    adapt_seconds: float
+    ternarize_seconds: float
+
+
+def make_own(
+    start: nn.Module,
+    few: Tensor,
+    *,
+    critic: Callable[[], nn.Module] | None = None,
+    adaptation: Adaptation | None = None,
+    ternarization: Ternarization | None = None,
+    latent_dim: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    checkpoint: Checkpoint | None = None,
+) -> Made:
+    """Adapt a generator to a node's few samples, and ternarize it if `ternarization` says how.
+
+    The arguments are those of `fl_wb.adaptation.adapt` and `fl_wb.ternary.ternarize`.
+
+    Raises
+    ------
+    ValueError
+        If the samples are none of this generator's, or (before anything is trained) it cannot be
+        ternarized.
+    """
+    if ternarization is not None:
+        list(ternary.ternarizable(start))
+    began = perf_counter()
+    adapted = adapt(
+        start,
+        few,
+        critic=critic,
+        settings=adaptation,
+        seed=seed,
+        latent_dim=latent_dim,
+        device=device,
+        checkpoint=checkpoint,
+    )
+    between = perf_counter()
+    made = None
+    if ternarization is not None:
+        made = ternarize(
+            adapted, settings=ternarization, seed=seed, latent_dim=latent_dim, device=device
+        )
+    return Made(adapted, made, between - began, perf_counter() - between)
+
+
+def received(
+    message: Message,
+    context: Context,
+    generator: Callable[[], nn.Module],
+    *,
+    key: str = keys.ARRAYS,
+    prefixes: tuple[str, ...] | None = None,
+) -> tuple[nn.Module, str]:
+    """Return the generator that a message carries, and what its arrays' names begin with there.
+
+    Raises
+    ------
+    ValueError
+        If the message has no such ArrayRecord, or its arrays do not fit the generator.
+    """
+    network, found = generator(), message.content.array_records
+    if key not in found:
+        raise ValueError(
+            f"the message to node {context.node_id} has no ArrayRecord {key!r}, only "
+            f"{sorted(found)}: set arrayrecord_key"
+        )
+    arrays, head = generator_part.own(
+        generator_part.split(found[key], prefixes)[0], network.state_dict()
+    )
+    try:
+        return records.load(arrays, network), head
+    except records.InvalidUpload as error:
+        raise ValueError(
+            f"the server's generator does not fit that of node {context.node_id}: {error}"
+        ) from error
+
+
+def own_samples(
+    few: Tensor, context: Context, start: nn.Module, latent_dim: int | None = None
+) -> Tensor:
+    """Return a node's few samples, seen to be such as the generator makes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the node, and what its samples are instead.
+    """
+    node = f"node {context.node_id} {dict(context.node_config)}"
+    made = generate(start, 2, latent_dim=latent_dim)  # of one, batch statistics are none
+    check_real(few, made, f"{node}: its samples")
+    if len(few) == 0:
+        raise ValueError(f"{node} has no samples to adapt to: its data is {tuple(few.shape)}")
+    if few.shape[1:] != made.shape[1:]:
+        raise ValueError(
+            f"{node} has samples of shape {tuple(few.shape[1:])}, but its generator makes "
+            f"samples of shape {tuple(made.shape[1:])}"
+        )
+    return few
 
 
 @dataclass
@@ -104,14 +207,14 @@ class FastAdaptation:
         """
         if message.metadata.message_type.split(".")[0] != MessageType.EVALUATE:
             return call_next(message, context)
-        start = self.start(message, context)
+        start, head = received(
+            message, context, self.generator, key=self.arrayrecord_key, prefixes=self._prefixes
+        )
         made = self._made(start, self.few(context, start), context)
         content = dict(message.content)
         whole = message.content.array_records[self.arrayrecord_key]
-        head = self._arrays(message, context, made)[1]
         own = {head + name: value for name, value in made.state_dict().items()}
-        state = {**whole.to_torch_state_dict(), **own}
-        content[self.arrayrecord_key] = records.like(state, whole)
+        content[self.arrayrecord_key] = records.like({**whole.to_torch_state_dict(), **own}, whole)
         message.content = RecordDict(content)
         reply = call_next(message, context)
         if self.reply_key is not None and not reply.has_error():
@@ -122,84 +225,26 @@ class FastAdaptation:
             reply.content[self.reply_key] = ConfigRecord({keys.TERNARY: ternary.pack(made)})
         return reply
 
-    def start(self, message: Message, context: Context) -> nn.Module:
-        """Return the generator that a message carries."""
-        network = self.generator()
-        if self.ternarize:  # what cannot be is said before anything is trained
-            list(ternary.ternarizable(network))
-        arrays, _ = self._arrays(message, context, network)
-        try:
-            return records.load(arrays, network).to(self.device)
-        except records.InvalidUpload as error:
-            raise ValueError(
-                f"the server's generator does not fit that of node {context.node_id}: {error}"
-            ) from error
-
-    def _arrays(
-        self, message: Message, context: Context, network: nn.Module
-    ) -> tuple[ArrayRecord, str]:
-        """Return the generator's arrays, and what their names in the message begin with."""
-        found = message.content.array_records
-        if self.arrayrecord_key not in found:
-            raise ValueError(
-                f"the message to node {context.node_id} has no ArrayRecord "
-                f"{self.arrayrecord_key!r}, only {sorted(found)}: set arrayrecord_key"
-            )
-        arrays, _ = generator_part.split(found[self.arrayrecord_key], self._prefixes)
-        return generator_part.own(arrays, network.state_dict())
+    def few(self, context: Context, start: nn.Module) -> Tensor:
+        """Return the node's few samples, checked against what the generator makes."""
+        return own_samples(self.samples(context), context, start, self.latent_dim)
 
     def _made(self, start: nn.Module, few: Tensor, context: Context) -> nn.Module:
         """Return the generator for this node, from ``context.state`` if it is there."""
         key = digest({**start.state_dict(), "few": few})
-        state, network = context.state, self.generator()
+        state: RecordDict = context.state
         if _MADE in state and state.config_records[_FROM]["digest"] == key:
-            return records.load(state.array_records[_MADE], network).eval()
-        adapted = self.adapt(start, few)
-        made = (self.ternarized(adapted) if self.ternarize else adapted).cpu()
+            return records.load(state.array_records[_MADE], self.generator()).eval()
+        found = make_own(
+            start.to(self.device),
+            few.to(self.device),
+            critic=self.critic,
+            adaptation=self.adaptation,
+            ternarization=(self.ternarization or Ternarization()) if self.ternarize else None,
+            latent_dim=self.latent_dim,
+            seed=self.seed,
+            device=self.device,
+        )
+        made = (found.adapted if found.ternary is None else found.ternary).cpu()
         state[_MADE], state[_FROM] = records.to_arrays(made), ConfigRecord({"digest": key})
         return made
-
-    def few(self, context: Context, start: nn.Module) -> Tensor:
-        """Return the node's few samples, checked against what the generator makes."""
-        few = self.samples(context)
-        shape = tuple(generate(start, 1, latent_dim=self.latent_dim).shape[1:])
-        node = f"node {context.node_id} {dict(context.node_config)}"
-        if not isinstance(few, Tensor):
-            raise TypeError(f"{node}: samples must return a Tensor, not {type(few).__name__}")
-        if len(few) == 0:
-            raise ValueError(f"{node} has no samples to adapt to: its data is {tuple(few.shape)}")
-        if tuple(few.shape[1:]) != shape:
-            raise ValueError(
-                f"{node} has samples of shape {tuple(few.shape[1:])}, but its generator makes "
-                f"samples of shape {shape}"
-            )
-        return few.to(self.device)
-
-    def adapt(
-        self,
-        start: nn.Module,
-        few: Tensor,
-        checkpoint: Checkpoint | None = None,
-        critic: nn.Module | None = None,
-    ) -> nn.Module:
-        """Return the generator adapted to the node's samples, from a trained critic if given."""
-        return adapt(
-            start,
-            few,
-            critic=self.critic if critic is None else lambda: critic,
-            settings=self.adaptation,
-            seed=self.seed,
-            latent_dim=self.latent_dim,
-            device=self.device,
-            checkpoint=checkpoint,
-        )
-
-    def ternarized(self, adapted: nn.Module) -> nn.Module:
-        """Return its ternary form."""
-        return ternarize(
-            adapted,
-            settings=self.ternarization,
-            seed=self.seed,
-            latent_dim=self.latent_dim,
-            device=self.device,
-        )

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from statistics import fmean
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,23 +21,32 @@ from torch import Tensor, nn
 
 from fl_wb import ternary
 from fl_wb.adaptation import POOL, Adaptation, variation_bank
-from fl_wb.clients.fast_adaptation import FastAdaptation
+from fl_wb.clients.fast_adaptation import make_own, own_samples, received
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import keys, records
+from fl_wb.messages.replies import PICTURES
 from fl_wb.metrics import Evaluation, Reference
+from fl_wb.ternary import Ternarization
 from fl_wb.training.checkpoints import Snapshots
 from fl_wb.training.wgan import resample
-
-PICTURES = 64  # of each step, in a reply
 
 
 def target_evaluate(
     message: Message,
     context: Context,
-    adaptation: FastAdaptation,
+    *,
+    generator: Callable[[], nn.Module],
+    few: Tensor,
     held_out: Tensor,
+    critic: Callable[[], nn.Module] | None = None,
+    adaptation: Adaptation | None = None,
+    ternarization: Ternarization | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
     evaluation: Evaluation | None = None,
+    send_few: bool = False,
+    latent_dim: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> RecordDict:
     """Answer an EVALUATE message with what the barycenter became on this node, step by step.
 
@@ -46,13 +54,23 @@ def target_evaluate(
     ----------
     message, context
         As Flower hands them over.
-    adaptation : FastAdaptation
-        How this node adapts, and its few samples.
+    generator, critic : callable
+        Factories of the networks; the critic is a multilayer perceptron by default.
+    few : Tensor
+        This node's few samples (n, ...), n >= 1.
     held_out : Tensor
         Real samples (m, ...) that neither the sources nor this node trained on.
+    adaptation : Adaptation, optional
+        Settings of `fl_wb.adaptation.adapt`.
+    ternarization : Ternarization, optional
+        Settings of `fl_wb.ternary.ternarize`; None leaves that step out.
     features : callable, optional
-        As in `fl_wb.metrics.evaluate`. The ``digest`` that it has, if any, is in the reply.
+        As in `fl_wb.metrics.evaluate`.
     evaluation : Evaluation, optional
+    send_few : bool
+        Send pictures of the few samples themselves. No other part of a reply has real samples.
+    latent_dim, seed, device : optional
+        As in `fl_wb.clients.fast_adaptation.make_own`.
 
     Returns
     -------
@@ -60,39 +78,50 @@ def target_evaluate(
         Metrics ``<step>/<key>`` for the steps few (these samples themselves, drawn with
         replacement: what mere copying scores), bank (if asked for), barycenter, adapted and
         ternary and the keys of `fl_wb.metrics.evaluate`; the packed ternary generator; and a few
-        pictures of each step.
+        pictures of what the generator of each step makes.
     """
     settings = evaluation or Evaluation()
-    start = adaptation.start(message, context)
-    few = adaptation.few(context, start)
-    snapshots = Snapshots(_iterations(adaptation), settings.snapshots)
-    began = perf_counter()
-    critic = _critic(message, adaptation)
-    networks = {"barycenter": start, "adapted": adaptation.adapt(start, few, snapshots, critic)}
+    start, _ = received(message, context, generator)
+    few = own_samples(few, context, start, latent_dim)
+    snapshots = Snapshots((adaptation or Adaptation()).training.iterations, settings.snapshots)
+    sent = _critic(message, critic)
+    made = make_own(
+        start.to(device),
+        few.to(device),
+        critic=critic if sent is None else lambda: sent,
+        adaptation=adaptation,
+        ternarization=ternarization,
+        latent_dim=latent_dim,
+        seed=seed,
+        device=device,
+        checkpoint=snapshots,
+    )
+    networks = {"barycenter": start, "adapted": made.adapted}
     figures: dict[str, MetricRecordValues] = {
         keys.WEIGHT: len(few),
-        "adapt-seconds": perf_counter() - began,
+        "adapt-seconds": made.adapt_seconds,
     }
-    info = ConfigRecord({"features": str(getattr(features, "digest", ""))})
-    if adaptation.ternarize:
-        began = perf_counter()
-        networks["ternary"] = adaptation.ternarized(networks["adapted"])
-        figures["ternarize-seconds"] = perf_counter() - began
-        info[keys.TERNARY] = ternary.pack(networks["ternary"])
-    reference = Reference(held_out, few=few.cpu(), features=features)
-    judge = _Judge(settings, reference, len(held_out), adaptation)
-    steps = {"few": judge.of_real(few.cpu())}
+    info = ConfigRecord()
+    if made.ternary is not None:
+        networks["ternary"] = made.ternary
+        figures["ternarize-seconds"] = made.ternarize_seconds
+        info[keys.TERNARY] = ternary.pack(made.ternary)
+    few = few.cpu()
+    judge = _Judge(
+        settings, Reference(held_out, few=few, features=features), len(held_out), latent_dim, seed
+    )
+    steps = {"few": judge.of_real(few)}
     if settings.bank:
-        pool = generate(start, POOL, seed=adaptation.seed, latent_dim=adaptation.latent_dim)
-        steps["bank"] = judge.of_real(variation_bank(few.cpu(), pool, seed=adaptation.seed))
+        pool = generate(start, POOL, seed=seed, latent_dim=latent_dim)
+        steps["bank"] = judge.of_real(variation_bank(few, pool, seed=seed))
     steps |= {step: judge.of(network) for step, network in networks.items()}
     for step, values in steps.items():
         figures |= {f"{step}/{name}": value for name, value in values.items()}
     if settings.snapshots:
         info.update(_curve(snapshots, start, steps["barycenter"], judge))
-    pictures: dict[str, Tensor] = {"few": few[:PICTURES].cpu()}
+    pictures = {"few": few[:PICTURES]} if send_few else {}
     for step, network in networks.items():
-        pictures[step] = generate(network, PICTURES, latent_dim=adaptation.latent_dim)
+        pictures[step] = generate(network, PICTURES, latent_dim=latent_dim)
     return RecordDict(
         {
             keys.METRICS: MetricRecord(figures),
@@ -109,12 +138,13 @@ class _Judge:
     settings: Evaluation
     reference: Reference
     held_out: int
-    adaptation: FastAdaptation
+    latent_dim: int | None
+    seed: int
 
     def of(self, network: nn.Module) -> dict[str, float]:
         """Return the figures of a generator."""
         return self._mean(
-            lambda n, seed: generate(network, n, seed=seed, latent_dim=self.adaptation.latent_dim)
+            lambda n, seed: generate(network, n, seed=seed, latent_dim=self.latent_dim)
         )
 
     def of_real(self, samples: Tensor) -> dict[str, float]:
@@ -124,26 +154,19 @@ class _Judge:
 
     def _mean(self, draw: Callable[[int, int], Tensor]) -> dict[str, float]:
         n = self.settings.samples or self.held_out
-        found = [
-            self.reference.compare(draw(n, self.adaptation.seed + k))
-            for k in range(self.settings.draws)
-        ]
+        found = [self.reference.compare(draw(n, self.seed + k)) for k in range(self.settings.draws)]
         return {name: fmean(figures[name] for figures in found) for name in found[0]}
 
 
-def _critic(message: Message, adaptation: FastAdaptation) -> nn.Module | None:
+def _critic(message: Message, critic: Callable[[], nn.Module] | None) -> nn.Module | None:
     """Return the critic that a message carries beside the generator, if it does."""
     sent = message.content.array_records.get(keys.CRITIC)
-    if sent is None or adaptation.critic is None:
+    if sent is None or critic is None:
         return None
     try:
-        return records.load(sent, adaptation.critic())
+        return records.load(sent, critic())
     except records.InvalidUpload as error:
         raise ValueError(f"the critic in the message does not fit this node's: {error}") from error
-
-
-def _iterations(adaptation: FastAdaptation) -> int:
-    return (adaptation.adaptation or Adaptation()).training.iterations
 
 
 def _curve(

@@ -7,7 +7,9 @@ a deployment a node's ``node_config`` may say
 - ``data``: the folder of this node's own IDX files or pictures, in place of a part of the run's
   data; it needs no ``partition-id``;
 - ``cache``: a folder in which a source keeps its generator for later runs;
-- ``device``: where this node trains, in place of the run's ``device``.
+- ``device``: where this node trains, in place of the run's ``device``;
+- ``send-few-pictures``: true lets a run with ``client.send_few_pictures=true`` have pictures of
+  this node's own samples, which a node with ``data`` else refuses.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fl_wb.app.config import Config, from_run_config
 from fl_wb.app.factories import factories
-from fl_wb.clients import FastAdaptation, source_train, target_evaluate
+from fl_wb.clients import source_train, target_evaluate
 from fl_wb.data import datasets
 from fl_wb.generators.mixture import fitting
 from fl_wb.messages import keys
@@ -44,7 +46,10 @@ class Place:
     role
         One of `keys.ROLES`.
     index
-        Its number among the nodes of that role.
+        Its number among the nodes of that role; of a node with data of its own and no number, one
+        that its data have in every run. The seed is made of it, and it does not leave the node.
+    number
+        What it says to the server of it: its ``partition-id``, if it has one.
     data
         The folder of its own data; None: its part of the run's.
     cache
@@ -55,6 +60,7 @@ class Place:
 
     role: str
     index: int
+    number: int | None
     data: str | None
     cache: str | None
     device: str
@@ -71,7 +77,7 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train a generator on this source's data."""
-    config, node = _prepare(context)
+    config, node = _prepare(context, keys.SOURCE)
     generator, critic = factories(config)
     content = source_train(
         message,
@@ -88,14 +94,14 @@ def train(message: Message, context: Context) -> Message:
         device=node.device,
         callback=progress(f"source {node.index}"),
     )
-    content[keys.INFO] = ConfigRecord({keys.PARTITION: node.index})
+    content[keys.INFO] = ConfigRecord(_said(node))
     return Message(content, reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Adapt the barycenter to this target's few samples, ternarize it, and evaluate each step."""
-    config, node = _prepare(context)
+    config, node = _prepare(context, keys.TARGET)
     generator, critic = factories(config)
     few, held_out, features = _target_samples(config, node)
     arrays = message.content.array_records.get(keys.ARRAYS, ArrayRecord())
@@ -103,21 +109,19 @@ def evaluate(message: Message, context: Context) -> Message:
     content = target_evaluate(
         message,
         context,
-        FastAdaptation(
-            lambda: fitting(shapes, generator),  # an ensemble's model is one of several
-            lambda _: few,
-            critic=critic,
-            adaptation=config.client.adaptation,
-            ternarize=config.client.ternarize,
-            ternarization=config.client.ternarization,
-            seed=_seed(config, len(config.data.sources) + node.index),
-            device=node.device,
-        ),
-        held_out,
-        features,
-        config.client.evaluation,
+        generator=lambda: fitting(shapes, generator),  # an ensemble's model is one of several
+        few=few,
+        held_out=held_out,
+        critic=critic,
+        adaptation=config.client.adaptation,
+        ternarization=config.client.ternarization if config.client.ternarize else None,
+        features=features,
+        evaluation=config.client.evaluation,
+        send_few=config.client.send_few_pictures,
+        seed=_seed(config, len(config.data.sources) + node.index),
+        device=node.device,
     )
-    content.config_records[keys.INFO][keys.PARTITION] = node.index
+    content.config_records[keys.INFO].update(_said(node))
     return Message(content, reply_to=message)
 
 
@@ -131,6 +135,13 @@ def place(context: Context, config: Config) -> Place:
     """
     node, partition = context.node_config, context.node_config.get("partition-id")
     data, cache = (_folder(context, key) for key in ("data", "cache"))
+    number = partition if isinstance(partition, int) else None
+    if config.client.send_few_pictures and data and node.get("send-few-pictures") is not True:
+        raise ValueError(
+            f"node {context.node_id} has data of its own, of which client.send_few_pictures=true "
+            "would send pictures: run without it, or start the node with "
+            "--node-config send-few-pictures=true"
+        )
     if partition is None and data is not None:
         # A number that is the same in every run, whatever id a SuperLink gives to the node: the
         # same data, the same seed, the same generator.
@@ -148,15 +159,15 @@ def place(context: Context, config: Config) -> Place:
             raise ValueError(
                 f"node {context.node_id}: role={role!r} is not one of {', '.join(keys.ROLES)}"
             )
-        return Place(str(role), partition, data, cache, device)
+        return Place(str(role), partition, number, data, cache, device)
     if data is not None:
-        return Place(keys.BOTH, partition, data, cache, device)
+        return Place(keys.BOTH, partition, number, data, cache, device)
     sources, targets = len(config.data.sources), len(config.data.targets)
     if partition < sources:
-        return Place(keys.SOURCE, partition, data, cache, device)
+        return Place(keys.SOURCE, partition, number, data, cache, device)
     if partition < sources + targets:
-        return Place(keys.TARGET, partition - sources, data, cache, device)
-    return Place(keys.NONE, partition, data, cache, device)
+        return Place(keys.TARGET, partition - sources, partition - sources, data, cache, device)
+    return Place(keys.NONE, partition, number, data, cache, device)
 
 
 def _folder(context: Context, key: str) -> str | None:
@@ -190,11 +201,24 @@ def _target_samples(
     return few, held_out, train_features(everything.images, everything.labels)
 
 
-def _prepare(context: Context) -> tuple[Config, Place]:
-    """Return the run's configuration and what this node is, with one thread for computing."""
+def _prepare(context: Context, role: str) -> tuple[Config, Place]:
+    """Return the run's configuration and what this node is, with one thread for computing.
+
+    Raises
+    ------
+    ValueError
+        If the node has another role than the one that it is asked to play.
+    """
     torch.set_num_threads(1)  # nodes share the cores; and results are the same bit for bit
     config = from_run_config(context.run_config)
-    return config, place(context, config)
+    node = place(context, config)
+    if node.role not in (role, keys.BOTH):
+        raise ValueError(f"node {context.node_id} has the role {node.role!r}, not {role!r}")
+    return config, node
+
+
+def _said(node: Place) -> dict[str, ConfigRecordValues]:
+    return {} if node.number is None else {keys.PARTITION: node.number}
 
 
 def _seed(config: Config, node: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import Result
 
 from fl_wb.app.config import Config, from_run_config
 from fl_wb.app.factories import factories, seeded
@@ -49,12 +49,16 @@ def main(grid: Grid, context: Context) -> None:
     try:
         strategy = make_strategy(config, results)
         wait_for_nodes(grid, config.nodes or len(config.data.sources) + len(config.data.targets))
-        result = strategy.start(
-            grid=grid,
-            initial_arrays=records.to_arrays(seeded(generator, config.seed)),
-            num_rounds=config.rounds,
-            timeout=config.timeout,
-        )
+        try:
+            result = strategy.start(
+                grid=grid,
+                initial_arrays=records.to_arrays(seeded(generator, config.seed)),
+                num_rounds=config.rounds,
+                timeout=config.timeout,
+            )
+        except Exception as error:
+            results.finish(Result(), error)
+            raise
         table = results.finish(result)
     finally:
         tracker.close()
@@ -63,24 +67,29 @@ def main(grid: Grid, context: Context) -> None:
     log(INFO, "Results: %s", output)
 
 
-def make_strategy(config: Config, results: Results) -> FedAvg:
+def make_strategy(config: Config, results: Results) -> RoleFedAvg:
     """Return the strategy that the configuration names."""
     # All nodes are there when a run starts; one that leaves must not hold up the rest of it.
     arguments: dict[str, Any] = {
         "min_train_nodes": 1,
         "min_evaluate_nodes": 1,
         "min_available_nodes": 1,
-        "train_metrics_aggr_fn": results.train,
-        "evaluate_metrics_aggr_fn": results.evaluate,
     }
-    baselines: dict[str, Callable[[], FedAvg]] = {
+    strategies: dict[str, Callable[[], RoleFedAvg]] = {
+        "adaptive_coalescence": lambda: _coalescence(config, results, arguments),
         "fedavg": lambda: RoleFedAvg(**arguments),
         "transfer": lambda: Transfer(**arguments, source=config.strategy.source),
         "ensemble": lambda: Ensemble(**arguments),
         "edge_only": lambda: EdgeOnly(**arguments),
     }
-    if config.strategy.name in baselines:
-        return baselines[config.strategy.name]()
+    strategy = strategies[config.strategy.name]()
+    strategy.observer, strategy.max_share = results, config.strategy.max_share
+    return strategy
+
+
+def _coalescence(
+    config: Config, results: Results, arguments: dict[str, Any]
+) -> AdaptiveCoalescence:
     generator, critic = factories(config)
     return AdaptiveCoalescence(
         **arguments,

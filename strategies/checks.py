@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from logging import WARNING
 
 import torch
 from flwr.app import ArrayRecord
+from flwr.common.logger import log
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from fl_wb.barycenter import Stage
 from fl_wb.generators.networks import MLPCritic
-from fl_wb.generators.sampling import generate, latent_dim_of
+from fl_wb.generators.sampling import latent_dim_of, sampling
 from fl_wb.messages import generator_part, records
 from fl_wb.training.wgan import critic_loss
 
@@ -62,35 +65,100 @@ def check_networks(
     """
     network = _made("generator", generator)
     own = network.state_dict()
+    _check_weights(network, own)
     try:
         state = records.validate(generator_part.own(arrays, own)[0], own)
     except records.InvalidUpload as error:
-        hint = ""
-        if len(arrays) != len(own):
-            hint = (
-                f" ({len(arrays)} arrays, of which the generator has {len(own)}: generator_keys "
-                "says which are the generator's part of a larger model)"
-            )
-        raise ValueError(f"initial_arrays do not fit the generator: {error}{hint}") from error
+        raise ValueError(
+            f"initial_arrays do not fit the generator: {error}{_hint(arrays, own)}"
+        ) from error
     dim = latent_dim_of(network, latent_dim)
     network.load_state_dict(state)
-    try:
-        samples = generate(network, 4, latent_dim=dim)
-    except Exception as error:
-        raise ValueError(
-            f"generator takes no latents (4, {dim}): {error}. If it wants another latent_dim, set "
-            "that; if it wants latents of another form, reshape them in a subclass's forward"
-        ) from error
-    if not samples.is_floating_point() or len(samples) != 4 or samples.dim() < 2:
-        raise ValueError(
-            f"the generator makes {str(samples.dtype).removeprefix('torch.')} samples "
-            f"{tuple(samples.shape)} of latents (4, {dim}); it must make floating ones (4, ...)"
-        )
+    samples = _sampled(network, dim)
     if not any(p.requires_grad for p in network.parameters()):
         raise ValueError("the generator has no parameter that can be trained")
     shape = samples.shape[1:]
     _check_critic(_made("critic", critic or (lambda: MLPCritic(shape))), samples)
     return network
+
+
+def _check_weights(network: nn.Module, own: Mapping[str, Tensor]) -> None:
+    lazy = [name for name, value in own.items() if isinstance(value, UninitializedTensorMixin)]
+    if lazy:
+        raise ValueError(
+            f"the generator has lazy layers ({lazy[0]!r} has no shape yet): let its factory "
+            "call it once, or give the layers their sizes"
+        )
+    for name, parameter in network.named_parameters():
+        if parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the generator's {name!r} is {kind}, and latents are float32: let its factory "
+                "return network.float() (arrays of any floating type are converted)"
+            )
+
+
+def _hint(arrays: ArrayRecord, own: Mapping[str, Tensor]) -> str:
+    """Return what probably is the cause where names differ, or nothing."""
+    if arrays and all(name.isdecimal() for name in arrays):
+        return (
+            f" (they are named {next(iter(arrays))!r}, ..., as the list of a NumPyClient is: give "
+            "ArrayRecord(generator.state_dict()), and have clients send the same names)"
+        )
+    if 0 < len(arrays) < len(own) and all(name in own for name in arrays):
+        return (
+            f" ({len(arrays)} of its {len(own)} arrays: if clients train adapters alone, have them "
+            "send the whole state, base included; a barycenter has no base in common)"
+        )
+    if len(arrays) != len(own):
+        return (
+            f" ({len(arrays)} arrays, of which the generator has {len(own)}: generator_keys says "
+            "which are the generator's part of a larger model)"
+        )
+    return ""
+
+
+def _sampled(network: nn.Module, dim: int) -> Tensor:
+    """Return 4 samples of a generator that is seen to be a function of its latents."""
+    z = torch.randn(4, dim, generator=torch.Generator().manual_seed(0))
+    try:
+        with sampling(network):
+            samples, again = network(z), network(z)
+    except Exception as error:
+        raise ValueError(
+            f"generator takes no latents (4, {dim}): {error}. If it wants another latent_dim, set "
+            "that; if it wants latents of another form, reshape them in a subclass's forward"
+        ) from error
+    if not isinstance(samples, Tensor):
+        raise ValueError(
+            f"the generator makes a {type(samples).__name__} of latents (4, {dim}), not one tensor "
+            "of samples: return that alone in a subclass's forward"
+        )
+    if not samples.is_floating_point() or len(samples) != 4 or samples.dim() < 2:
+        raise ValueError(
+            f"the generator makes {str(samples.dtype).removeprefix('torch.')} samples "
+            f"{tuple(samples.shape)} of latents (4, {dim}); it must make floating ones (4, ...)"
+        )
+    scale = float(samples.abs().max())
+    if not torch.allclose(samples, again, rtol=0, atol=1e-4 * scale, equal_nan=True):
+        raise ValueError(
+            "the generator makes other samples of the same latents when it is called again: all "
+            "that is random must come from its latents (no dropout or noise in eval mode)"
+        )
+    try:
+        with sampling(network):
+            alone = torch.cat([network(row) for row in z.split(1)])
+        same = torch.allclose(samples, alone, rtol=0, atol=1e-3 * scale, equal_nan=True)
+    except Exception:  # a normalisation may refuse a batch of one
+        same = False
+    if not same:
+        log(
+            WARNING,
+            "the generator makes a sample of its latent and of those beside it (batch statistics, "
+            "such as of BatchNorm with track_running_stats=False): it is only ever called with "
+            "batches, and its samples differ from batch to batch",
+        )
+    return samples
 
 
 def check_not_wrapped() -> None:

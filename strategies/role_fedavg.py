@@ -1,44 +1,89 @@
 """FedAvg on nodes that have roles: sources train, targets evaluate.
 
-The baseline "FedAvg of generators", and the part of `AdaptiveCoalescence` that deals with nodes.
+The baseline "FedAvg of generators", and the part of `AdaptiveCoalescence` that deals with nodes:
+whom to ask, what of their replies to believe, and whom to tell.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from logging import INFO, WARNING
-from math import isfinite
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from flwr.serverapp.strategy.strategy_utils import sample_nodes
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords, sample_nodes
+from torch import Tensor
 
+from fl_wb.messages import keys, records
+from fl_wb.messages import replies as checked
 from fl_wb.messages.keys import BOTH, ROLE, ROLES, SOURCE, TARGET
 from fl_wb.messages.records import InvalidUpload
+from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 
 ROLE_TIMEOUT = 60.0  # seconds; a fresh client process has to import torch before it can answer
+
+
+class Observer(Protocol):
+    """Who is told, in each round, of the replies that were found valid, by node id."""
+
+    def train(self, server_round: int, contents: Mapping[int, RecordDict]) -> None:
+        """See what sources uploaded."""
+
+    def evaluate(self, server_round: int, contents: Mapping[int, RecordDict]) -> None:
+        """See what targets answered."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A valid upload; its critic, if it has one, is for a target to check."""
+
+    weight: float
+    state: dict[str, Tensor]
+    critic: ArrayRecord | None = None
 
 
 class RoleFedAvg(FedAvg):
     """Federated averaging that trains on sources and evaluates on targets.
 
     Every node is asked once, by a QUERY message, for its role: a ConfigRecord with ``role`` as
-    "source", "target", "both" or "none" (it takes no part). A node that answers anything else,
-    or whose app has no ``@app.query()``, plays both roles, so that on such nodes this is FedAvg.
-    The arguments are those of `flwr.serverapp.strategy.FedAvg`. The minimums say for how many
-    connected nodes to wait, as there; then fractions and minimums count the nodes of the role in
-    question, and all of these do where a minimum asks for more.
+    "source", "target", "both" or "none" (it takes no part). A node that answers without a role,
+    or whose app has no ``@app.query()``, plays both, so that on such nodes this is FedAvg. One
+    that answers with an error or a role that is none is named, and takes no part until it is
+    asked again. What a node answers says nothing of the others.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As in `flwr.serverapp.strategy.FedAvg`. The minimums say for how many connected nodes to
+        wait, as there; then fractions and minimums count the nodes of the role in question, and
+        all of these do where a minimum asks for more.
+    observer : Observer, optional
+        Told of every valid reply, round by round.
+    max_share : float
+        No node weighs more than this many times the mean of the others, whatever it says; see
+        `fl_wb.messages.weights.bounded_weights`.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        observer: Observer | None = None,
+        max_share: float = MAX_SHARE,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        bounded_weights([], max_share)
+        self.observer, self.max_share = observer, max_share
         self._roles: dict[int, str] = {}
-        self._mute = False  # the app has no @app.query(): nobody is asked again
+        self._arrays = ArrayRecord()  # the round's model
+        self._round = 0
         self._sent: list[Message] = []
         self._connected: list[int] = []
         self._strikes: Counter[int] = Counter()  # rounds in a row whose upload was dropped
@@ -48,7 +93,7 @@ class RoleFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Configure the next round of federated training, on sources."""
-        self._sent = []
+        self._sent, self._arrays = [], arrays
         if self.fraction_train == 0.0:
             return []
         node_ids = self._sample(grid, SOURCE, self.fraction_train, self.min_train_nodes)
@@ -64,6 +109,41 @@ class RoleFedAvg(FedAvg):
         node_ids = self._sample(grid, TARGET, self.fraction_evaluate, self.min_evaluate_nodes)
         return self._instruct(server_round, arrays, config, node_ids, MessageType.EVALUATE)
 
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Combine the valid uploads; the arrays are None (the model stays) if there is none."""
+        template = self._arrays.to_torch_state_dict()
+        kept, uploads = [], []
+        for node_id, content in self._received(replies, is_train=True):
+            try:
+                upload = self._upload(content, template)
+            except InvalidUpload as error:
+                log(WARNING, "aggregate_train: dropped the upload of node %d: %s", node_id, error)
+                continue
+            kept.append((node_id, content))
+            uploads.append((_place(node_id, content), node_id, upload))
+        if not kept:
+            log(WARNING, "no valid upload in round %d: the model stays", server_round)
+            return None, None
+        uploads.sort(key=lambda found: found[:2])
+        weights = self._bounded([(node, upload.weight) for _, node, upload in uploads])
+        combined = self.combine([upload for *_, upload in uploads], weights)
+        return ArrayRecord(combined), self._metrics(server_round, kept, is_train=True)
+
+    def combine(self, uploads: Sequence[Whole], weights: Sequence[float]) -> dict[str, Tensor]:
+        """Return the model's state, made of uploads in the order of their partitions.
+
+        A node that does not say its partition comes by its node id. Here it is the average.
+        """
+        total = sum(weights)
+        return {
+            name: _average(
+                [(u.state[name], w / total) for u, w in zip(uploads, weights, strict=True)]
+            )
+            for name in uploads[0].state
+        }
+
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
@@ -76,8 +156,7 @@ class RoleFedAvg(FedAvg):
                 log(WARNING, "aggregate_evaluate: dropped the reply of node %d: %s", node_id, error)
             else:
                 kept.append((node_id, content))
-        alike = self._alike(kept, "aggregate_evaluate")
-        return self.evaluate_metrics_aggr_fn(alike, self.weighted_by_key) if alike else None
+        return self._metrics(server_round, kept, is_train=False)
 
     def _sample(self, grid: Grid, role: str, fraction: float, minimum: int) -> list[int]:
         # A sample of none waits for the nodes that FedAvg would wait for, and lists them.
@@ -88,8 +167,10 @@ class RoleFedAvg(FedAvg):
             node_id: self._roles[node_id] for node_id in connected if node_id in self._roles
         }
         self._strikes = Counter({n: k for n, k in self._strikes.items() if n in connected})
-        self._ask_roles(grid, connected)
-        able = [n for n in connected if self._roles.get(n, BOTH) in (role, BOTH)]
+        mistaken = self._ask_roles(grid, connected)
+        able = [
+            n for n in connected if n not in mistaken and self._roles.get(n, BOTH) in (role, BOTH)
+        ]
         if role == SOURCE and self._patience is not None:
             able = [n for n in able if self._strikes[n] < self._patience]
         size = min(len(able), max(int(len(able) * fraction), minimum))
@@ -107,34 +188,35 @@ class RoleFedAvg(FedAvg):
         node_ids: list[int],
         message_type: str,
     ) -> list[Message]:
-        config["server-round"] = server_round
+        config["server-round"] = self._round = server_round
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         self._sent = list(self._construct_messages(record, node_ids, message_type))
         return self._sent
 
-    def _ask_roles(self, grid: Grid, node_ids: Sequence[int]) -> None:
-        """Ask the nodes whose role is not known; who does not answer is asked again next time."""
+    def _ask_roles(self, grid: Grid, node_ids: Sequence[int]) -> set[int]:
+        """Ask the nodes whose role is not known; return those that answered with an error.
+
+        Who does not answer plays both roles meanwhile, and like those is asked again next time.
+        """
         unknown = [node_id for node_id in node_ids if node_id not in self._roles]
-        if unknown and not (self._roles or self._mute):
-            log(
-                INFO,
-                "Asking nodes for their roles (an app without @app.query() logs an error, once,",
-            )
-            log(INFO, "which does no harm: its nodes both train and evaluate)")
-        # One node first: where the app cannot answer, each node would log a traceback.
-        for asked in (unknown[:1], unknown[1:]):
-            if not asked or self._mute:
-                continue
-            question = RecordDict({self.configrecord_key: ConfigRecord({"ask": ROLE})})
-            messages = list(self._construct_messages(question, asked, MessageType.QUERY))
-            for reply in grid.send_and_receive(messages, timeout=ROLE_TIMEOUT):
-                self._roles[_node_of(reply, messages)] = _role_in(reply)
-                self._mute |= reply.has_error() and "No query function" in str(reply.error.reason)
-        if self._mute:
-            self._roles.update(dict.fromkeys(unknown, BOTH))
-        elif unknown:
-            roles = Counter(self._roles.get(node_id, BOTH) for node_id in node_ids)
-            log(INFO, "Roles of nodes: %s", ", ".join(f"{roles[role]} {role}" for role in ROLES))
+        if not unknown:
+            return set()
+        if not self._roles:
+            log(INFO, "Asking nodes for their roles (an app without @app.query() logs an error,")
+            log(INFO, "once a node, which does no harm: its nodes both train and evaluate)")
+        question = RecordDict({self.configrecord_key: ConfigRecord({"ask": ROLE})})
+        messages = list(self._construct_messages(question, unknown, MessageType.QUERY))
+        mistaken = set()
+        for reply in grid.send_and_receive(messages, timeout=ROLE_TIMEOUT):
+            node_id = _node_of(reply, messages)
+            try:
+                self._roles[node_id] = _role_in(reply)
+            except InvalidUpload as error:
+                mistaken.add(node_id)
+                log(WARNING, "node %d takes no part for now: %s", node_id, error)
+        roles = Counter(self._roles.get(node_id, BOTH) for node_id in node_ids)
+        log(INFO, "Roles of nodes: %s", ", ".join(f"{roles[role]} {role}" for role in ROLES))
+        return mistaken
 
     def _received(self, replies: Iterable[Message], is_train: bool) -> list[tuple[int, RecordDict]]:
         """Return (node id, content) of replies without error; name the nodes that failed."""
@@ -146,7 +228,14 @@ class RoleFedAvg(FedAvg):
         silent.difference_update(_node_of(message, self._sent) for message in good + bad)
         for node_id in sorted(silent):
             log(WARNING, "%s: node %d did not answer in time", name, node_id)
-        received = [(_node_of(message, self._sent), message.content) for message in good]
+        received = []
+        for message in good:
+            node_id = _node_of(message, self._sent)
+            try:
+                checked.check(message.content)
+                received.append((node_id, message.content))
+            except InvalidUpload as error:
+                log(WARNING, "%s: dropped the reply of node %d: %s", name, node_id, error)
         self._sent = []  # they hold the round's arrays
         return received
 
@@ -165,42 +254,95 @@ class RoleFedAvg(FedAvg):
                 )
 
     def _weight(self, content: RecordDict) -> float:
-        """Return the reply's weight.
+        """Return the reply's weight, or raise InvalidUpload."""
+        return checked.weight(content, self.weighted_by_key)
 
-        Raises
-        ------
-        InvalidUpload
-            If there is not exactly one MetricRecord with one positive number as its weight.
-        """
-        metrics = list(content.metric_records.values())
-        if len(metrics) != 1:
-            raise InvalidUpload(f"it has {len(metrics)} MetricRecords instead of one")
-        weight = metrics[0].get(self.weighted_by_key)
-        if not isinstance(weight, int | float) or not (isfinite(weight) and weight > 0):
-            raise InvalidUpload(
-                f"its weight {self.weighted_by_key!r} is {str(weight)[:40]}, not a positive number"
+    def _upload(self, content: RecordDict, template: Mapping[str, Tensor]) -> Whole:
+        """Check one upload; an InvalidUpload says what is wrong with it."""
+        state = records.validate(checked.model(content), template)
+        return Whole(self._weight(content), state, content.array_records.get(keys.CRITIC))
+
+    def _bounded(self, weights: Sequence[tuple[int, float]]) -> list[float]:
+        """Return what nodes weigh in the end; say whose own word is not taken."""
+        said = [weight for _, weight in weights]
+        found = bounded_weights(said, self.max_share)
+        largest, sum_found = max(said, default=1.0), sum(found)
+        whole = sum(weight / largest for weight in said)
+        for (node_id, weight), bounded in zip(weights, found, strict=True):
+            if bounded / sum_found < (1 - 1e-6) * weight / largest / whole:
+                log(
+                    WARNING,
+                    "node %d says it weighs %.3g, %.3g of all; it counts as %.3g (max_share=%s)",
+                    node_id,
+                    weight,
+                    weight / largest / whole,
+                    bounded / sum_found,
+                    self.max_share,
+                )
+        return found
+
+    def _metrics(
+        self, server_round: int, kept: Sequence[tuple[int, RecordDict]], *, is_train: bool
+    ) -> MetricRecord | None:
+        """Tell the observer of what was kept, and aggregate its metrics."""
+        if self.observer is not None:
+            tell = self.observer.train if is_train else self.observer.evaluate
+            tell(server_round, dict(kept))
+        aggregate = self.train_metrics_aggr_fn if is_train else self.evaluate_metrics_aggr_fn
+        contents = [content for _, content in kept]
+        if aggregate is aggregate_metricrecords:  # Flower's own takes for granted that they agree
+            contents = self._averageable(
+                kept, "aggregate_train" if is_train else "aggregate_evaluate"
             )
-        return float(weight)
+        return aggregate(contents, self.weighted_by_key) if contents else None
 
-    def _alike(self, replies: list[tuple[int, RecordDict]], name: str) -> list[RecordDict]:
-        """Return the replies whose metrics have the commonest names and forms.
+    def _alike(self, kept: list[tuple[int, RecordDict]], name: str) -> list[RecordDict]:
+        """Do what `_metrics` does, but for aggregating, for a caller that does that itself."""
+        if self.observer is not None:
+            self.observer.train(self._round, dict(kept))
+        if self.train_metrics_aggr_fn is aggregate_metricrecords:
+            return self._averageable(kept, name)
+        return [content for _, content in kept]
 
-        Aggregation functions, Flower's own included, take for granted that replies agree.
-        """
-        forms = [_form(next(iter(content.metric_records.values()))) for _, content in replies]
-        if not forms:
-            return []
-        commonest = Counter(forms).most_common(1)[0][0]
-        for (node_id, _), form in zip(replies, forms, strict=True):
-            if form != commonest:
+    def _averageable(self, kept: Sequence[tuple[int, RecordDict]], name: str) -> list[RecordDict]:
+        """Return the metrics that have the commonest names and forms, with bounded weights."""
+        forms = [_form(checked.metrics(content)) for _, content in kept]
+        commonest = Counter(forms).most_common(1)[0][0] if forms else None
+        alike = []
+        for (node_id, content), form in zip(kept, forms, strict=True):
+            if form == commonest:
+                alike.append((node_id, checked.metrics(content)))
+            else:
                 log(WARNING, "%s: node %d has metrics unlike the others': left out", name, node_id)
+        weights = bounded_weights(
+            [float(found[self.weighted_by_key]) for _, found in alike], self.max_share
+        )
         return [
-            content for (_, content), form in zip(replies, forms, strict=True) if form == commonest
+            RecordDict({keys.METRICS: MetricRecord({**found, self.weighted_by_key: weight})})
+            for (_, found), weight in zip(alike, weights, strict=True)
         ]
 
 
-def _form(metrics: MetricRecord) -> frozenset[tuple[str, int]]:
-    return frozenset((k, len(v) if isinstance(v, list) else -1) for k, v in metrics.items())
+def _form(metrics: MetricRecord) -> frozenset[tuple[str, int, bool]]:
+    """Return each metric's name, its length, and whether it averages with others."""
+    return frozenset(
+        (name, len(value), all(map(checked.is_figure, value)))
+        if isinstance(value, list)
+        else (name, -1, checked.is_figure(value))
+        for name, value in metrics.items()
+    )
+
+
+def _average(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return a weighted average in the tensors' own type; that of whole numbers is rounded."""
+    first = parts[0][0]
+    mean = torch.stack([value.double() * share for value, share in parts]).sum(dim=0)
+    return (mean if first.is_floating_point() else mean.round()).to(first.dtype)
+
+
+def _place(node_id: int, content: RecordDict) -> int:
+    partition = checked.partition(content)
+    return node_id if partition is None else partition
 
 
 def _node_of(reply: Message, sent: Sequence[Message]) -> int:
@@ -212,9 +354,18 @@ def _node_of(reply: Message, sent: Sequence[Message]) -> int:
 
 
 def _role_in(reply: Message) -> str:
+    """Return the role in a node's answer, or raise InvalidUpload."""
     if reply.has_error():
-        return BOTH
+        reason = str(reply.error.reason)
+        if "No query function" in reason:
+            return BOTH
+        raise InvalidUpload(f"asked for its role, it failed: {reason[:200]}")
+    checked.check(reply.content)
     for record in reply.content.config_records.values():
-        if (role := record.get(ROLE)) in ROLES:
-            return str(role)
+        if ROLE in record:
+            if record[ROLE] in ROLES:
+                return str(record[ROLE])
+            raise InvalidUpload(
+                f"its role {str(record[ROLE])[:40]!r} is not one of {', '.join(ROLES)}"
+            )
     return BOTH

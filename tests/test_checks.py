@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_wb.strategies import AdaptiveCoalescence
+from fl_wb.strategies.checks import check_networks
 from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import STAGE, uploads
 
@@ -45,7 +46,14 @@ CASES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "scalars": (lambda x: x[:, 0], {}, r"makes float32 samples \(4,\) .* floating ones \(4, ...\)"),
     "integers": (lambda x: x.long(), {}, r"makes int64 samples \(4, 6\)"),
     "batch mixed up": (lambda x: x.T, {}, r"makes float32 samples \(6, 4\)"),
-    "tuple": (lambda x: (x, x), {}, r"takes no latents \(4, 4\)"),
+    "tuple": (lambda x: (x, x), {}, r"makes a tuple of latents \(4, 4\), not one tensor"),
+    "dropout": (
+        lambda x: nn.functional.dropout(x, 0.5, training=True),
+        {},
+        "other samples of the same latents when it is called again",
+    ),
+    "half": (lambda x: x, {"dtype": torch.float16}, "'layer.weight' is float16, and latents are"),
+    "double": (lambda x: x, {"dtype": torch.float64}, "'layer.weight' is float64, and latents are"),
     "critic of other samples": (
         lambda x: x.unflatten(1, (2, 3)),
         {"critic": lambda: nn.Linear(6, 1)},
@@ -78,8 +86,43 @@ def begin(generator: Any, **arguments: Any) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_what_does_not_fit_is_named(case: str) -> None:
     make, arguments, reason = CASES[case]
+    arguments = dict(arguments)
+    kind = arguments.pop("dtype", torch.float32)
     with pytest.raises(ValueError, match=reason):
-        begin(lambda: Made(make), **arguments)
+        begin(lambda: Made(make).to(kind), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["0", "1"], r"named '0', ..., as the list of a NumPyClient is"),
+        (["layer.bias"], r"1 of its 2 arrays: if clients train adapters alone"),
+    ],
+)
+def test_arrays_under_other_names_are_told_why(names: list[str], reason: str) -> None:
+    arrays = ArrayRecord({name: torch.zeros(6) for name in names})
+    with pytest.raises(ValueError, match=reason):
+        check_networks(arrays, lambda: Made(lambda x: x), None, None)
+
+
+def test_lazy_layers_are_named() -> None:
+    class Lazy(nn.Module):
+        latent_dim = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LazyLinear(6)
+
+    with pytest.raises(ValueError, match=r"lazy layers \('layer.weight' has no shape yet\)"):
+        check_networks(ArrayRecord(), Lazy, None, None)
+
+
+def test_samples_that_hang_on_their_batch_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    def make() -> Made:
+        return Made(nn.BatchNorm1d(6, affine=False, track_running_stats=False))
+
+    check_networks(ArrayRecord(make().state_dict()), make, None, None)
+    assert "a sample of its latent and of those beside it (batch statistics" in caplog.text
 
 
 def test_a_generator_that_cannot_be_trained_is_named() -> None:
@@ -119,8 +162,6 @@ def test_the_checks_leave_the_callers_random_numbers_alone() -> None:
 
 
 def begin_quietly() -> None:
-    from fl_wb.strategies.checks import check_networks
-
     with torch.random.fork_rng(devices=[]):
         network = Made(lambda x: x)
     check_networks(ArrayRecord(network.state_dict()), lambda: network, nn.Flatten, None)

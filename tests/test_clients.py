@@ -116,7 +116,7 @@ def test_a_network_unlike_the_servers_is_named(message_type: str) -> None:
 
 def test_samples_that_are_no_tensor_are_named() -> None:
     reply = ask(target(points(3).numpy()), "evaluate")  # type: ignore[arg-type]
-    assert "samples must return a Tensor, not ndarray" in str(reply.error.reason)
+    assert "its samples must be a Tensor (n, ...), not ndarray" in str(reply.error.reason)
 
 
 def test_the_mod_wants_factories() -> None:
@@ -126,19 +126,16 @@ def test_the_mod_wants_factories() -> None:
         FastAdaptation(generator, lambda context: points(1), critic=3)  # type: ignore[arg-type]
 
 
-def adaptation(samples: Tensor, **arguments: Any) -> FastAdaptation:
-    return FastAdaptation(
+def target(samples: Tensor, **arguments: Any) -> ClientApp:
+    """App whose own evaluate returns the arrays that it sees."""
+    mod = FastAdaptation(
         generator,
         lambda context: samples,
         adaptation=ADAPTATION,
         ternarization=TERNARIZATION,
         **arguments,
     )
-
-
-def target(samples: Tensor, **arguments: Any) -> ClientApp:
-    """App whose own evaluate returns the arrays that it sees."""
-    app = ClientApp(mods=[adaptation(samples, **arguments)])
+    app = ClientApp(mods=[mod])
     key = arguments.get("arrayrecord_key", "arrays")
 
     def echo(message: Message, context: Context) -> Message:
@@ -199,13 +196,23 @@ def test_the_mod_gives_the_same_generator_again() -> None:
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_a_target_reports_every_step_and_its_packed_generator() -> None:
+@pytest.mark.parametrize("send_few", [True, False])
+def test_a_target_reports_every_step_and_its_packed_generator(send_few: bool) -> None:
     # Prepare
     app = ClientApp()
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        content = target_evaluate(message, context, adaptation(points(6)), points(30))
+        content = target_evaluate(
+            message,
+            context,
+            generator=generator,
+            few=points(6),
+            held_out=points(30),
+            adaptation=ADAPTATION,
+            ternarization=TERNARIZATION,
+            send_few=send_few,
+        )
         return Message(content, reply_to=message)
 
     # Execute
@@ -221,8 +228,8 @@ def test_a_target_reports_every_step_and_its_packed_generator() -> None:
     assert isinstance(packed, bytes)
     network = ternary.unpack(packed, generator())
     pictures = records.to_tensors(content.array_records[keys.SAMPLES])
-    assert list(pictures) == ["few", "barycenter", "adapted", "ternary"]
-    assert torch.equal(pictures["few"], points(6))
+    assert list(pictures) == ["few"] * send_few + ["barycenter", "adapted", "ternary"]
+    assert not send_few or torch.equal(pictures["few"], points(6))
     assert len({len(p.unique()) for p in network.parameters() if p.dim() > 1}) == 1
 
 

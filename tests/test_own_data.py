@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from PIL import Image
 
 from fl_wb.app.config import compose
-from fl_wb.client_app import place
+from fl_wb.client_app import app, place
 from fl_wb.commands.certificates import make
 from fl_wb.data.datasets import load_own
 from fl_wb.data.readers import DataError
+from fl_wb.testing.in_process_grid import InProcessGrid
 
 
 def folder_of(path: Path, seed: int, size: int = 8) -> Path:
@@ -58,3 +59,39 @@ def test_certificates_are_private_and_never_replaced(tmp_path: Path) -> None:
     )
     with pytest.raises(FileExistsError, match="holds certificates already"):
         make(tmp_path / "keys", ["127.0.0.1"], nodes=1)
+
+
+def test_what_a_node_says_of_itself_is_no_hash_of_its_data(tmp_path: Path) -> None:
+    config = compose("data.shape=[1,8,8]")
+    data = str(folder_of(tmp_path / "a", 0))
+    assert place(node(data=data), config).number is None
+    context = Context(7, 11, {"data": data, "partition-id": 4}, RecordDict(), {})
+    assert place(context, config).number == 4
+
+
+def test_a_node_with_data_of_its_own_sends_pictures_only_if_it_says_so_itself(
+    tmp_path: Path,
+) -> None:
+    config = compose("data.shape=[1,8,8] client.send_few_pictures=true")
+    data = str(folder_of(tmp_path / "a", 0))
+    for answer in ({}, {"send-few-pictures": False}, {"send-few-pictures": "true"}):
+        with pytest.raises(ValueError, match="node 11 has data of its own, of which"):
+            place(Context(7, 11, {"data": data, **answer}, RecordDict(), {}), config)
+    context = Context(7, 11, {"data": data, "send-few-pictures": True}, RecordDict(), {})
+    assert place(context, config).role == "both"
+
+
+@pytest.mark.parametrize(("role", "asked"), [("target", "train"), ("source", "evaluate")])
+def test_a_node_refuses_what_its_role_does_not_do(role: str, asked: str) -> None:
+    grid = InProcessGrid(app, run_config={"overrides": "", "output": "/tmp/none"})
+    grid.add({"partition-id": 0, "role": role})
+    message = Message(RecordDict({"arrays": ArrayRecord()}), 11, asked)
+    (reply,) = grid.send_and_receive([message])
+    assert f"node 11 has the role '{role}', not" in str(reply.error.reason)
+
+
+def test_a_mistyped_role_is_an_error_of_that_node() -> None:
+    grid = InProcessGrid(app, run_config={"overrides": "", "output": "/tmp/none"})
+    grid.add({"partition-id": 0, "role": "soruce"})
+    (reply,) = grid.send_and_receive([Message(RecordDict(), 11, "query")])
+    assert "node 11: role='soruce' is not one of source, target" in str(reply.error.reason)

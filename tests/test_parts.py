@@ -14,7 +14,7 @@ from torch import nn
 
 from fl_wb import ternary
 from fl_wb.barycenter import recursive_barycenter
-from fl_wb.clients import FastAdaptation
+from fl_wb.clients import FastAdaptation, fast_adaptation
 from fl_wb.messages import generator_part
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
@@ -277,8 +277,10 @@ def test_the_mod_keeps_what_it_made_while_model_and_samples_stay(
 ) -> None:
     # Prepare
     made = []
-    adapt = FastAdaptation.adapt
-    monkeypatch.setattr(FastAdaptation, "adapt", lambda *a: made.append(1) or adapt(*a))
+    make = fast_adaptation.make_own
+    monkeypatch.setattr(
+        fast_adaptation, "make_own", lambda *a, **k: made.append(1) or make(*a, **k)
+    )
     grid = InProcessGrid(echo(reply_key="packed"), nodes=1)
 
     # Execute

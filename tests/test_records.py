@@ -147,3 +147,25 @@ def test_a_generator_that_is_no_use_is_refused(weight: float, bias: float, reaso
         nn.init.constant_(layer.bias, bias)
     with pytest.raises(InvalidUpload, match=reason):
         check_samples(module, latent_dim=3)
+
+
+@pytest.mark.parametrize(
+    ("offset", "scale"),
+    [([2024.0, 0, 0], [0, 0.15, 0.15]), ([90210.0, 0, 0], [0, 1.5, 1.5]), ([1.7e9], [25_000.0])],
+    ids=["a year", "a ZIP code", "times of a day"],
+)
+def test_one_coordinate_that_varies_is_enough(offset: list[float], scale: list[float]) -> None:
+    module = nn.Linear(4, len(offset))
+    with torch.no_grad():
+        module.weight.mul_(torch.tensor(scale)[:, None])
+        module.bias.copy_(torch.tensor(offset))
+    check_samples(module, latent_dim=4)
+
+
+def test_a_network_that_fails_in_any_way_is_an_invalid_upload() -> None:
+    class Odd(nn.Linear):
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            raise IndexError("of a stranger's making")
+
+    with pytest.raises(InvalidUpload, match="fails to generate: of a stranger's making"):
+        check_samples(Odd(3, 2), latent_dim=3)

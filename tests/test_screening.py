@@ -10,6 +10,8 @@ import torch
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
+from fl_wb.app.config import compose
+from fl_wb.data.datasets import load
 from fl_wb.messages.screening import outliers, sliced_wasserstein
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
@@ -76,6 +78,42 @@ def test_sets_of_different_kinds_are_told_from_noise() -> None:
     plain = [row.sort().values[4] for row in sliced_wasserstein(sets)]
     assert max(plain[6:]) < 2 * min(plain[:6])
     assert [index for index, _ in outliers(sets, threshold=3)] == [6, 7]
+
+
+def digits(*lists: list[int]) -> list[torch.Tensor]:
+    """Return 256 real digits of each list of classes, drawn with replacement."""
+    everything, _ = load(compose([]).data)
+    sets = []
+    for number, classes in enumerate(lists):
+        some = everything.images[torch.isin(everything.labels, torch.tensor(classes))]
+        rng = torch.Generator().manual_seed(number)
+        sets.append(some[torch.randint(len(some), (256,), generator=rng)])
+    return sets
+
+
+SOURCES = {
+    "of one class": [[k] for k in range(8)],
+    "of five": [[k % 10 for k in range(2 * s, 2 * s + 5)] for s in range(8)],
+    "unlike": [[0], [1], [2, 3], [4, 5, 6, 7], [8, 9], list(range(10)), [5], [7]],
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_half_the_ink_and_a_mark_are_seen_in_a_samples_own_values(kind: str) -> None:
+    honest = digits(*SOURCES[kind])
+    assert outliers(honest, threshold=3) == []
+    dimmed, marked = [[*honest] for _ in range(2)]
+    for index in (0, 5):
+        dimmed[index] = (honest[index] + 1) / 2 - 1
+        marked[index] = honest[index].clone()
+        marked[index][:205, :, :2, :2] = 1  # four in five
+    assert [index for index, _ in outliers(dimmed, threshold=3)] == [0, 5]
+    assert [index for index, _ in outliers(marked, threshold=3)] == [0, 5]
+
+
+def test_a_hundred_sets_are_compared_with_some_of_them() -> None:
+    sets = spread(*[0.0] * 60, *[9.0] * 2, *[0.0] * 40)
+    assert [index for index, _ in outliers(sets, threshold=2)] == [60, 61]
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.0, math.nan])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fl_wb.adaptation.variation import transport_pairs, variation_bank
 from fl_wb.generators.copies import copy_of
 from fl_wb.generators.networks import MLPCritic
-from fl_wb.generators.sampling import device_of, generate
+from fl_wb.generators.sampling import check_real, device_of, generate
 from fl_wb.training.checkpoints import Checkpoint
 from fl_wb.training.distillation import Distillation, distill
 from fl_wb.training.wgan import (
@@ -224,6 +224,7 @@ def _sum(*terms: Regularizer | None) -> Regularizer:
 
 
 def _check_samples(samples: Tensor, made: Tensor) -> None:
+    check_real(samples, made, "the samples to adapt to")
     if not len(samples):
         raise ValueError("there are no samples to adapt to: one at least is needed")
     if samples.shape[1:] != made.shape[1:]:

@@ -29,6 +29,7 @@ from fl_wb.app.overrides import ConfigError as ConfigError
 from fl_wb.app.overrides import check_key, option_groups, parse, split, words
 from fl_wb.barycenter import GEODESICS, STARTS, Stage
 from fl_wb.data.datasets import NAMES, DataConfig
+from fl_wb.messages.weights import MAX_SHARE
 from fl_wb.metrics import Evaluation
 from fl_wb.persistence.stage_store import SECONDS_BETWEEN_CHECKPOINTS
 from fl_wb.ternary import Ternarization
@@ -79,6 +80,8 @@ class StrategyConfig:
     screening
         Drop uploads that collapsed, or are this many times further from the others than is
         typical; 3 measured well. None: off.
+    max_share
+        No source weighs more than this many times the mean of the others, whatever it says.
     checkpoint_seconds
         A server that is killed loses no more of its stage than this.
     """
@@ -88,6 +91,7 @@ class StrategyConfig:
     critic: bool = False
     patience: int | None = 3
     screening: float | None = None
+    max_share: float = MAX_SHARE
     checkpoint_seconds: float = SECONDS_BETWEEN_CHECKPOINTS
     stage: Stage = field(default_factory=Stage)
 
@@ -109,6 +113,10 @@ class ClientConfig:
     features
         In what samples are compared: "classifier" (a small one, trained on the run's data),
         "inception" (for natural RGB images; pip install "fl-wb[inception]") or "pixels".
+    send_few_pictures
+        Whether a target sends pictures of its few real samples to the server, which shows them: for
+        simulations of public data. A node with data of its own refuses, unless its own
+        ``node_config`` says ``send-few-pictures=true``.
     """
 
     source: Training = field(default_factory=lambda: Training(generator_lr=5e-4))
@@ -117,6 +125,7 @@ class ClientConfig:
     ternarization: Ternarization = field(default_factory=Ternarization)
     evaluation: Evaluation = field(default_factory=Evaluation)
     features: str = "classifier"
+    send_few_pictures: bool = False
 
 
 @dataclass
@@ -179,6 +188,8 @@ RULES: dict[str, limits.Rule] = {
     "strategy.critic": limits.SWITCH,
     "patience": limits.at_least(1),
     "screening": limits.above(1),
+    "max_share": limits.at_least(1),
+    "send_few_pictures": limits.SWITCH,
     "checkpoint_seconds": limits.at_least(0),
     "geodesic": limits.one_of(*GEODESICS),
     "start": limits.one_of(*STARTS),

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+import torch
+from flwr.app import RecordDict
 from flwr.serverapp.strategy import Result
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from torch import Tensor, nn
 
 from fl_wb import ternary
 from fl_wb.app.config import Config
 from fl_wb.generators.mixture import fitting
 from fl_wb.generators.sampling import generate
-from fl_wb.messages import keys, records
+from fl_wb.messages import records, replies
 from fl_wb.persistence.tensor_files import save_tensors, write_atomic
 from fl_wb.reporting.progress import progress
 from fl_wb.reporting.tables import summary_table
@@ -30,10 +32,13 @@ log = logging.getLogger("flwr")
 COLUMNS = 12  # of a grid of pictures
 STEPS = ("few", "bank", "barycenter", "adapted", "ternary")
 EVENTS = 20  # iterations between two points of a loss curve
+ROWS = 32  # of a picture: one of a thousand nodes would be a bomb to open
 
 
 class Results:
-    """Observes a strategy through its metric aggregation functions, and writes the output folder.
+    """Observes a strategy (`fl_wb.strategies.role_fedavg.Observer`) and writes the output folder.
+
+    Nodes go by the number that they say they have; one that says none, or another's, by its id.
 
     Parameters
     ----------
@@ -60,10 +65,16 @@ class Results:
         name = config.strategy.name
         self.model = "barycenter" if name == "adaptive_coalescence" else name
         self.output: Path = tracker.output
-        self.sources: dict[int, dict[str, Any]] = {}
-        self.targets: dict[int, dict[str, Any]] = {}
-        self.ternary_bytes: list[int] = []
-        self._pictures: dict[str, dict[int, Tensor]] = {}
+        self.sources: dict[str, dict[str, Any]] = {}
+        self.targets: dict[str, dict[str, Any]] = {}
+        self.left_out: Counter[str] = Counter()  # parts of replies, by node
+        self._names: dict[tuple[str, str], int] = {}  # (source or target, name): node id
+        self._ternary: dict[str, int] = {}  # bytes
+        self._pictures: dict[str, dict[str, Tensor]] = {}
+        with torch.random.fork_rng(devices=[]):
+            network = generator()
+        self._shape = tuple(generate(network, 2).shape[1:])
+        self._most = sum(len(a.data) for a in records.to_arrays(network).values())
         self._bar = progress("Barycenter")
         self._began = perf_counter()
 
@@ -75,40 +86,59 @@ class Results:
             for name, value in losses.items():
                 self.tracker.scalar(f"merge/{name}", value, done)
 
-    def train(self, contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-        """Aggregate the sources' metrics, and keep pictures of what they uploaded."""
-        for content in contents:
-            index = _partition(content)
-            self.sources[index] = _figures(content)
-            try:
-                network = records.load(content.array_records[keys.ARRAYS], self.generator())
-            except records.InvalidUpload:  # Flower's FedAvg takes anything
-                continue
-            self._pictures.setdefault("source", {})[index] = generate(network, COLUMNS)
+    def train(self, server_round: int, contents: Mapping[int, RecordDict]) -> None:
+        """Keep the sources' figures, and pictures of what they uploaded."""
+        for node_id, content in sorted(contents.items()):
+            name = self._name("source", node_id, content)
+            self.sources[name] = replies.figures(content)
+            with self._part(node_id, "its generator's pictures"):
+                network = records.load(replies.model(content), self.generator())
+                self._pictures.setdefault("source", {})[name] = generate(network, COLUMNS)
         self._draw("source", "sources")
-        return aggregate_metricrecords(contents, weighted_by_key)
 
-    def evaluate(self, contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
-        """Aggregate the targets' metrics; keep their ternary generators and pictures."""
-        self.ternary_bytes = []
-        for content in contents:
-            index = _partition(content)
-            self.targets[index] = _figures(content) | _said(content)
-            self._keep_ternary(index, content)
-            pictures = content.array_records.get(keys.SAMPLES)
-            try:
-                tensors = {} if pictures is None else records.to_tensors(pictures)
-            except records.InvalidUpload as error:
-                log.warning("The pictures of target %d are left out: %s", index, error)
-                continue
-            for step, samples in tensors.items():
-                self._pictures.setdefault(step, {})[index] = samples[:COLUMNS]
+    def evaluate(self, server_round: int, contents: Mapping[int, RecordDict]) -> None:
+        """Keep the targets' figures, ternary generators and pictures."""
+        self._ternary = {}
+        for node_id, content in sorted(contents.items()):
+            name = self._name("target", node_id, content)
+            self.targets[name] = replies.figures(content)
+            with self._part(node_id, "its curve"):
+                if curve := replies.curve(content):
+                    self.targets[name]["curve"] = curve
+            with self._part(node_id, "its ternary generator"):
+                self._keep_ternary(name, content)
+            with self._part(node_id, "its pictures"):
+                for step, samples in replies.pictures(content, STEPS, self._shape).items():
+                    self._pictures.setdefault(step, {})[name] = samples[:COLUMNS]
         for step in ("few", "adapted", "ternary"):
             self._draw(step, step)
-        return aggregate_metricrecords(contents, weighted_by_key)
 
-    def finish(self, result: Result) -> str:
+    @contextmanager
+    def _part(self, node_id: int, what: str) -> Iterator[None]:
+        """Leave out a part of a reply that is no use, say so and count it."""
+        try:
+            yield
+        except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+            self.left_out[str(node_id)] += 1
+            log.warning("node %d: %s: left out: %s", node_id, what, error)
+
+    def _name(self, role: str, node_id: int, content: RecordDict) -> str:
+        number = replies.partition(content)
+        name = str(node_id if number is None else number)
+        if self._names.setdefault((role, name), node_id) != node_id:
+            log.warning("node %d is not the first %s that says it is %s", node_id, role, name)
+            name = f"{name}-{node_id}"
+        return name
+
+    def finish(self, result: Result, error: BaseException | None = None) -> str:
         """Write what is left at the end of a run, and return its table.
+
+        Parameters
+        ----------
+        result : Result
+            Of the strategy; an empty one where it failed.
+        error : BaseException, optional
+            What ended the run: the result file is written all the same, and says it.
 
         Raises
         ------
@@ -142,18 +172,22 @@ class Results:
                     "generator": size,
                     "generator-on-the-wire": sum(len(a.data) for a in result.arrays.values()),
                     "generator-on-disk": _size_of(self.output / f"{self.model}.safetensors"),
-                    "ternary": self.ternary_bytes,  # the same on the wire and on disk
+                    "ternary": [*self._ternary.values()],  # the same on the wire and on disk
                 },
+                "left-out": self.left_out,
+                "error": None if error is None else f"{type(error).__name__}: {error}",
                 "seconds": perf_counter() - self._began,
                 "overrides": self.overrides,
                 "config": asdict(self.config),
             },
         )
+        if error is not None:
+            return ""
         if not result.arrays:
             raise RuntimeError("no source delivered a valid generator: the log above says why")
         if not last:
             raise RuntimeError("no target evaluated the generator: the log above says why")
-        packed = max(self.ternary_bytes, default=0)
+        packed = max(self._ternary.values(), default=0)
         sizes = {"barycenter": size, "adapted": size, "ternary": packed}
         titles = {"barycenter": self.model, "few": "few, resampled"}
         return summary_table(
@@ -164,17 +198,14 @@ class Results:
             }
         )
 
-    def _keep_ternary(self, index: int, content: RecordDict) -> None:
-        packed = _info(content).get(keys.TERNARY)
-        if not isinstance(packed, bytes):
+    def _keep_ternary(self, name: str, content: RecordDict) -> None:
+        # An ensemble is of as many generators as there are sources.
+        packed = replies.packed(content, self._most * max(len(self.sources), 1))
+        if packed is None:
             return
-        name = f"ternary/target-{index}.flwb"
-        try:
-            ternary.unpack(packed, self._network(_shapes(parse(packed)[1])))
-            write_atomic(self.output / name, packed)
-            self.ternary_bytes.append(len(packed))
-        except (ternary.PackedFileError, OSError) as error:
-            log.warning("%s is left out: %s", name, error)
+        ternary.unpack(packed, self._network(_shapes(parse(packed)[1])))
+        write_atomic(self.output / f"ternary/target-{name}.flwb", packed)
+        self._ternary[name] = len(packed)
 
     def _keep_generator(self, result: Result) -> int:
         """Save the final generator; return its size in bytes."""
@@ -182,8 +213,9 @@ class Results:
             return 0
         network = records.load(result.arrays, self._network(_shapes(result.arrays)))
         state = network.state_dict()
-        self._pictures["barycenter"] = {0: generate(network, COLUMNS * 4)}
-        self.tracker.images("barycenter", self._pictures["barycenter"][0], columns=COLUMNS)
+        drawn = generate(network, COLUMNS * 4)
+        self._pictures["barycenter"] = {"": drawn}
+        self.tracker.images("barycenter", drawn, columns=COLUMNS)
         try:
             save_tensors(self.output / f"{self.model}.safetensors", state)
         except OSError as error:
@@ -198,7 +230,7 @@ class Results:
 
     def _draw(self, step: str, tag: str) -> None:
         rows = _rows(step, self._pictures.get(step, {}))
-        if rows:
+        if rows and replies.drawable(self._shape):
             self.tracker.images(tag, rows, columns=COLUMNS)
 
     def _draw_overview(self) -> None:
@@ -207,38 +239,31 @@ class Results:
         for step in ("barycenter", "few", "adapted", "ternary"):
             if samples := self._pictures.get(step):
                 rows[step] = next(iter(samples.values()))
-        if rows:
+        if rows and replies.drawable(self._shape):
             self.tracker.images("overview", rows, columns=COLUMNS)
 
 
-def _rows(step: str, samples: Mapping[int, Tensor]) -> dict[str, Tensor]:
+def _rows(step: str, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
     who = "source" if step == "source" else "target"
-    return {f"{who} {index}": samples[index] for index in sorted(samples)}
+    return {f"{who} {name}": samples[name] for name in sorted(samples, key=_by_number)[:ROWS]}
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    return len(name), name
 
 
 def _steps(figures: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Sort figures named ``<step>/<name>`` by step."""
-    found = {
-        step: {k.split("/")[1]: float(v) for k, v in figures.items() if k.startswith(f"{step}/")}
-        for step in STEPS
-    }
-    return {step: values for step, values in found.items() if values}
-
-
-def _figures(content: RecordDict) -> dict[str, Any]:
-    return dict(_only(content.metric_records))
-
-
-def _said(content: RecordDict) -> dict[str, Any]:
-    """Return what a target's reply says beside its metrics: its features, and its convergence."""
-    info = _info(content)
-    said: dict[str, Any] = {"features": info["features"]} if info.get("features") else {}
-    curve = {
-        name.removeprefix("curve/"): list(values)
-        for name, values in info.items()
-        if name.startswith("curve/") and isinstance(values, list)
-    }
-    return said | ({"curve": curve} if curve else {})
+    found: dict[str, dict[str, float]] = {}
+    for step in STEPS:
+        values = {
+            name.removeprefix(f"{step}/"): float(value)
+            for name, value in figures.items()
+            if name.startswith(f"{step}/") and isinstance(value, int | float)
+        }
+        if values:
+            found[step] = values
+    return found
 
 
 def _size_of(file: Path) -> int:
@@ -247,16 +272,3 @@ def _size_of(file: Path) -> int:
 
 def _shapes(arrays: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     return {name: array.shape for name, array in arrays.items()}
-
-
-def _partition(content: RecordDict) -> int:
-    partition = _info(content).get(keys.PARTITION)
-    return partition if isinstance(partition, int) else 0
-
-
-def _info(content: RecordDict) -> ConfigRecord:
-    return content.config_records.get(keys.INFO, ConfigRecord())
-
-
-def _only(items: Mapping[str, Any]) -> Any:
-    return next(iter(items.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -71,6 +72,45 @@ def generate(
     z = torch.randn(n, dim, generator=rng)
     with sampling(generator):
         return torch.cat([generator(part.to(device)).cpu() for part in z.split(batch_size)])
+
+
+def check_real(samples: object, made: Tensor, what: str = "the samples") -> None:
+    """Refuse real samples that are no numbers such as a generator makes.
+
+    Samples of a plausible but other unit, whole numbers up to 255 where the generator stays in
+    [-1, 1], are said in a UserWarning.
+
+    Parameters
+    ----------
+    samples : object
+        What somebody gave.
+    made : Tensor
+        Some samples (n, ...) of the generator.
+    what : str
+        The samples' name in what is said.
+
+    Raises
+    ------
+    TypeError
+        Unless they are a Tensor of floating numbers.
+    """
+    if not isinstance(samples, Tensor):
+        raise TypeError(
+            f"{what} must be a Tensor (n, ...), not {type(samples).__name__}: torch.as_tensor "
+            "makes one of an array or a list"
+        )
+    low, high = float(made.min()), float(made.max())
+    units = f"the generator makes floating ones from {low:.3g} to {high:.3g}"
+    if not samples.is_floating_point():
+        kind = str(samples.dtype).removeprefix("torch.")
+        raise TypeError(f"{what} are {kind}, and {units}: scale them, such as x / 127.5 - 1")
+    whole = samples.numel() > 0 and bool((samples == samples.round()).all())
+    if whole and max(-low, high) <= 1 and samples.min() >= 0 and 16 < samples.max() <= 255:
+        warnings.warn(
+            f"{what} are whole numbers from {float(samples.min()):.0f} to "
+            f"{float(samples.max()):.0f}, and {units}: should they be x / 127.5 - 1?",
+            stacklevel=3,
+        )
 
 
 def input_gradient(critic: nn.Module, x: Tensor) -> Tensor:

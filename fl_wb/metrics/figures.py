@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fl_wb.generators.sampling import generate
+from fl_wb.generators.sampling import check_real, generate
 from fl_wb.metrics.features import Features, inception_features, train_features
 from fl_wb.metrics.sample_sets import Samples, SampleSet, as_set, kid_kernel, over_pairs, rows_of
 from fl_wb.transport import wasserstein1
@@ -106,6 +106,10 @@ def evaluate(
     dict[str, float]
         As `compare` returns it.
     """
+    made = generate(generator, 2, seed=seed, latent_dim=latent_dim)
+    for name, real in (("real", samples), ("few", few)):
+        if real is not None:
+            check_real(real, made, f"the {name} samples")
     count = len(samples) if n is None else n
     generated = generate(generator, count, seed=seed, latent_dim=latent_dim)
     return compare(generated, samples, few=few, features=features)
