@@ -69,4 +69,5 @@ class _Beside:
 
 
 if not Path(__file__).with_name("strategies").exists():
-    sys.meta_path.append(_Beside)
+    # first: an FL-WB that is installed, too, has a finder of its own
+    sys.meta_path.insert(0, _Beside)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from logging import WARNING
 
 import torch
@@ -13,7 +12,6 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
-from fl_wb.barycenter import Stage
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import latent_dim_of, sampling
 from fl_wb.messages import generator_part, records
@@ -21,20 +19,13 @@ from fl_wb.training.wgan import critic_loss
 
 
 def check_settings(
-    stage: Stage | None,
-    geodesic: str | None,
-    iterations: int | None,
-    seed: int,
-    patience: int | None,
-    screening: float | None,
+    seed: int, patience: int | None, screening: float | None, max_age: int | None
 ) -> None:
     """Raise ValueError if a setting of the strategy is none, naming what is allowed."""
-    if geodesic is not None:
-        replace(stage or Stage(), geodesic=geodesic)
     for name, value, least in (
-        ("iterations", iterations, 0),
         ("seed", seed, 0),
         ("patience", patience, 1),
+        ("max_age", max_age, 0),
     ):
         if value is not None and not (isinstance(value, int) and value >= least):
             raise ValueError(f"{name}={value!r} must be an integer of {least} or more")

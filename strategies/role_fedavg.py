@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any, Protocol
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -26,6 +25,7 @@ from fl_wb.messages import replies as checked
 from fl_wb.messages.keys import BOTH, ROLE, ROLES, SOURCE, TARGET
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
+from fl_wb.strategies.model import average
 
 ROLE_TIMEOUT = 60.0  # seconds; a fresh client process has to import torch before it can answer
 
@@ -136,13 +136,7 @@ class RoleFedAvg(FedAvg):
 
         A node that does not say its partition comes by its node id. Here it is the average.
         """
-        total = sum(weights)
-        return {
-            name: _average(
-                [(u.state[name], w / total) for u, w in zip(uploads, weights, strict=True)]
-            )
-            for name in uploads[0].state
-        }
+        return average((u.state, w) for u, w in zip(uploads, weights, strict=True))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -296,14 +290,6 @@ class RoleFedAvg(FedAvg):
             )
         return aggregate(contents, self.weighted_by_key) if contents else None
 
-    def _alike(self, kept: list[tuple[int, RecordDict]], name: str) -> list[RecordDict]:
-        """Do what `_metrics` does, but for aggregating, for a caller that does that itself."""
-        if self.observer is not None:
-            self.observer.train(self._round, dict(kept))
-        if self.train_metrics_aggr_fn is aggregate_metricrecords:
-            return self._averageable(kept, name)
-        return [content for _, content in kept]
-
     def _averageable(self, kept: Sequence[tuple[int, RecordDict]], name: str) -> list[RecordDict]:
         """Return the metrics that have the commonest names and forms, with bounded weights."""
         forms = [_form(checked.metrics(content)) for _, content in kept]
@@ -331,13 +317,6 @@ def _form(metrics: MetricRecord) -> frozenset[tuple[str, int, bool]]:
         else (name, -1, checked.is_figure(value))
         for name, value in metrics.items()
     )
-
-
-def _average(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Return a weighted average in the tensors' own type; that of whole numbers is rounded."""
-    first = parts[0][0]
-    mean = torch.stack([value.double() * share for value, share in parts]).sum(dim=0)
-    return (mean if first.is_floating_point() else mean.round()).to(first.dtype)
 
 
 def _place(node_id: int, content: RecordDict) -> int:

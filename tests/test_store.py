@@ -158,9 +158,7 @@ def test_a_store_holds_the_last_chain_and_no_more(tmp_path: Path):
     merge(tmp_path, 4)
     merge(tmp_path, 3)
     assert files(tmp_path) == [".safetensors"] * 2
-    recursive_barycenter(
-        sources()[::-1], critic=critic, stage=STAGE, fan_in=2, store=tmp_path
-    )
+    recursive_barycenter(sources()[::-1], critic=critic, stage=STAGE, fan_in=2, store=tmp_path)
     assert files(tmp_path) == [".safetensors"] * 2
 
 

@@ -16,7 +16,8 @@ from flwr.serverapp.strategy import Result
 
 from fl_wb.barycenter import recursive_barycenter
 from fl_wb.strategies import AdaptiveCoalescence
-from fl_wb.strategies.uploads import KEPT, Upload, Uploads
+from fl_wb.strategies import uploads as uploads_module
+from fl_wb.strategies.uploads import KEPT, Uploads
 from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import (
     STAGE,
@@ -105,15 +106,21 @@ def test_nothing_grows_while_nodes_come_and_go(
     assert max(weights) > 1  # folded
 
 
-def upload(name: str, weight: float = 1.0) -> Upload:
-    return Upload(1, weight, name, {"name": torch.tensor(float(ord(name)))})
+def put(kept: Uploads, weights: dict[int, float], server_round: int = 1) -> None:
+    """Keep uploads of these weights, by node."""
+    kept.put(
+        server_round,
+        {
+            node: (weight, f"digest {node}", {"name": torch.tensor(float(node))})
+            for node, weight in weights.items()
+        },
+    )
 
 
 def test_folding_keeps_the_weights_and_the_order() -> None:
     # Prepare
     kept, merged = Uploads(), []
-    for index in range(KEPT + 3):
-        kept.put(index, upload(chr(97 + index), weight=index + 1))
+    put(kept, {index: index + 1.0 for index in range(KEPT + 3)})
 
     def merge(parts: Any) -> dict[str, torch.Tensor]:
         merged.append([part.weight for part in parts])
@@ -127,8 +134,7 @@ def test_folding_keeps_the_weights_and_the_order() -> None:
     assert len(kept) == KEPT + 3
 
     # A second fold goes on from the first
-    for index in range(KEPT + 1):
-        kept.put(100 + index, upload(chr(97 + index)))
+    put(kept, {100 + index: 1.0 for index in range(KEPT + 1)}, server_round=2)
     assert kept.fold([0, 1], merge) == KEPT + 1
     assert merged[1] == [sum(merged[0]), *[1.0] * (KEPT + 1)]
     assert math.isclose(sum(u.weight for u in kept.ordered()), sum(merged[1]) + 3)
@@ -139,7 +145,7 @@ def test_the_barycenter_of_a_folded_beginning_is_that_of_its_parts() -> None:
     for seed in range(4):
         networks.append(generator())
         networks[-1].load_state_dict(seeded_state(seed))
-    settings: dict[str, Any] = {"critic": critic, "stage": STAGE}
+    settings: dict[str, Any] = {"critic": critic, "stage": STAGE, "fan_in": 2}
     whole = recursive_barycenter(networks, [4, 3, 2, 1], **settings)
     beginning = recursive_barycenter(networks[:2], [4, 3], **settings)
     folded = recursive_barycenter([beginning, *networks[2:]], [7, 2, 1], **settings)
@@ -149,7 +155,42 @@ def test_the_barycenter_of_a_folded_beginning_is_that_of_its_parts() -> None:
 
 def test_a_fold_that_fails_keeps_everything() -> None:
     kept = Uploads()
-    for index in range(KEPT + 1):
-        kept.put(index, upload(chr(97 + index)))
+    put(kept, {index: 1.0 for index in range(KEPT + 1)})
     assert kept.fold([], lambda parts: None) == 0
     assert len(kept.ordered()) == KEPT + 1
+
+
+def test_a_node_keeps_its_place_and_newcomers_come_behind_the_heaviest_first() -> None:
+    kept = Uploads()
+    put(kept, {11: 1.0, 12: 3.0, 13: 2.0})
+    assert [int(u.key) for u in kept.ordered()] == [12, 13, 11]
+    put(kept, {15: 9.0, 11: 50.0, 14: 10.0}, server_round=2)
+    assert [int(u.key) for u in kept.ordered()] == [12, 13, 11, 14, 15]
+    assert [int(u.key) for u in kept.latest()] == [11, 14, 15]
+    kept.drop(13)
+    kept.drop(13)
+    assert [int(u.key) for u in kept.ordered()] == [12, 11, 14, 15]
+
+
+def test_many_bytes_go_to_disk_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads_module, "MEMORY", 10)  # two numbers of four bytes, not three
+    kept = Uploads()
+    put(kept, {1: 1.0, 2: 1.0})
+    assert kept._states.folder is None
+    put(kept, {3: 1.0})
+    assert kept._states.folder is not None
+    for upload in kept.ordered():
+        assert kept.state(upload)["name"] == float(upload.key)
+    folder = kept._states.folder
+    del kept
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_what_counts_as_a_change() -> None:
+    kept = Uploads()
+    assert not kept.changed
+    for weights, changed in (({1: 1.0}, True), ({1: 1.0}, False), ({1: 2.0}, True)):
+        kept.changed = False
+        put(kept, weights, server_round=2)
+        assert kept.changed is changed
