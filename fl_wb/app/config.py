@@ -211,11 +211,9 @@ def compose(
     more = [text for text in overrides if text.startswith(f"{SEARCH}=")]
     try:
         with _hydra(folder) as loader:
-            groups = {
-                group: loader.get_group_options(group, config_name=name, overrides=more)
-                for group in loader.list_groups("")
-                if group != "hydra"
-            }
+            groups: dict[str, list[str]] = {g: [] for g in loader.list_groups("") if g != "hydra"}
+            for group in groups.keys() & {override.key_or_group for override in parsed}:
+                groups[group] = loader.get_group_options(group, config_name=name, overrides=more)
             for override in parsed:
                 if override.key_or_group != SEARCH:
                     check_key(override, _fields(), groups)
