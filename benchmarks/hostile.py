@@ -4,8 +4,8 @@
 
 Eight sources of real digits, of five classes each (overlapping) or one (disjoint); then two of the
 uploads are replaced by hostile ones: untrained weights, noise (random pixels), inverted (samples
-negated), collapsed (nearly one picture), dimmed (trained on half the ink), marked (trained on digits
-of which 80% have a white corner). The table gives the Frechet distance of the barycenter to
+negated), collapsed (nearly one picture), dimmed (trained on half the ink), marked (trained on
+digits of which 80% have a white corner). The table gives the Frechet distance of the barycenter to
 held-out digits of the sources' classes, in the features of a small classifier, without and with
 screening, and in units of that of the eight honest uploads: mean and standard deviation over seeds.
 """

@@ -29,7 +29,7 @@ def train_source(
     generator: nn.Module,
     critic: Callable[[], nn.Module],
     samples: Tensor,
-    training: Training,
+    settings: Training,
     *,
     latent_dim: int | None = None,
     seed: int = 0,
@@ -46,7 +46,7 @@ def train_source(
         Factory of a critic.
     samples : Tensor
         The source's data (n, ...), n >= 1; fewer than a batch are drawn with replacement.
-    training : Training
+    settings : Training
         How long and how fast.
     latent_dim, seed, callback, checkpoint : optional
         As in `fl_wb.training.wgan.train_wgan`.
@@ -70,7 +70,7 @@ def train_source(
         generator,
         [_seeded(critic, seed)],
         [resample(samples)],
-        training,
+        settings,
         latent_dim=latent_dim,
         seed=seed,
         callback=listen,
@@ -86,7 +86,7 @@ def source_train(
     generator: Callable[[], nn.Module],
     critic: Callable[[], nn.Module],
     samples: Callable[[], Tensor],
-    training: Training,
+    settings: Training,
     again: bool = False,
     send_critic: bool = False,
     store: StageStore | None = None,
@@ -108,7 +108,7 @@ def source_train(
         Factories of the networks.
     samples : callable
         Returns the node's data (n, ...); only called if there is something to train.
-    training : Training
+    settings : Training
         How long and how fast.
     again : bool
         Train in every round, from the arrays of that round (what FedAvg needs).
@@ -144,14 +144,14 @@ def source_train(
         if len(data) == 0:
             raise ValueError(f"node {context.node_id} has no samples to train on")
         # Named by where training starts, too: a round of FedAvg finds nothing of the one before.
-        key = _key(network, _seeded(critic, seed), data, training, seed)
+        key = _key(network, _seeded(critic, seed), data, settings, seed)
         found = store.get(key) if store else None
         if found is None:
             trained, figures = train_source(
                 network.to(device),
                 critic,
                 data.to(device),
-                training,
+                settings,
                 latent_dim=latent_dim,
                 seed=seed,
                 callback=callback,
@@ -185,14 +185,14 @@ def _seeded(critic: Callable[[], nn.Module], seed: int) -> nn.Module:
         return critic()
 
 
-def _key(network: nn.Module, critic: nn.Module, data: Tensor, training: Training, seed: int) -> str:
+def _key(network: nn.Module, critic: nn.Module, data: Tensor, settings: Training, seed: int) -> str:
     """Name what a training starts from, so that a store never answers for another one."""
     went_in = {
         "kept": "generator, critic",
         "generator": digest(network.state_dict()),
         "critic": digest(critic.state_dict()),
         "data": digest({"data": data}),
-        "training": asdict(training),
+        "training": asdict(settings),
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()

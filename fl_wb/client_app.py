@@ -85,7 +85,7 @@ def train(message: Message, context: Context) -> Message:
         generator=generator,
         critic=critic,
         samples=lambda: _source_samples(config, node),
-        training=config.client.source,
+        settings=config.client.source,
         # A barycenter merges generators that are finished; averaging needs them to grow together.
         again=config.strategy.name == "fedavg",
         send_critic=config.strategy.critic,

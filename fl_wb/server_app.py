@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from logging import INFO
 from pathlib import Path
 from time import monotonic, sleep
@@ -14,7 +15,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 
-from fl_wb.app.config import Config, from_run_config
+from fl_wb.app.config import Config, from_run_config, new_folder
 from fl_wb.app.factories import factories, seeded
 from fl_wb.app.results import Results
 from fl_wb.messages import records
@@ -24,6 +25,7 @@ from fl_wb.strategies import AdaptiveCoalescence, EdgeOnly, Ensemble, RoleFedAvg
 
 app = ServerApp()
 
+TIME = "%Y-%m-%d/%H-%M-%S"  # a run's folder, as Hydra calls it
 SIMULATION_SECONDS = 20.0  # in which a simulation has registered all its nodes
 
 
@@ -40,8 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     """
     torch.set_num_threads(1)  # one thread: the same result bit for bit, and small networks faster
     config = from_run_config(context.run_config)
-    assert config.output is not None
-    output = Path(config.output)
+    output = Path(config.output or new_folder(f"{Path.home()}/fl-wb/{datetime.now():{TIME}}"))
     tracker = Tracker(output)
     generator, _ = factories(config)
     results = Results(tracker, config, generator, str(context.run_config.get("overrides", "")))

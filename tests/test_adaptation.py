@@ -113,7 +113,7 @@ def test_what_is_no_sample_is_refused(samples: Tensor, text: str):
 
 def test_an_unknown_method_is_refused():
     with pytest.raises(
-        ValueError, match=r"method='magic' is not one of variation, transport, plain"
+        ValueError, match=r"method='magic' must be one of: variation, transport, plain"
     ):
         Adaptation(method="magic")
 

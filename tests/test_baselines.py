@@ -145,7 +145,7 @@ def test_transfer_hands_on_the_critic_of_its_source(tmp_path: Path) -> None:
             generator=generator,
             critic=critic,
             samples=lambda: torch.randn(9, *SHAPE),
-            training=TRAINING,
+            settings=TRAINING,
             send_critic=True,
             store=StageStore(tmp_path / str(context.node_id)),
             seed=context.node_id,

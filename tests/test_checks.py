@@ -133,7 +133,7 @@ def test_a_generator_that_cannot_be_trained_is_named() -> None:
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
-        ({"geodesic": "mix"}, "geodesic='mix' is not one of two_critics, mixture, displacement"),
+        ({"geodesic": "mix"}, "geodesic='mix' must be one of: two_critics, mixture, displacement"),
         ({"iterations": -1}, "iterations=-1 must be an integer of 0 or more"),
         ({"seed": "a"}, "seed='a' must be an integer of 0 or more"),
         ({"patience": 0}, "patience=0 must be an integer of 1 or more"),

@@ -72,6 +72,7 @@ serverapp = "fake:server"
 clientapp = "fake:client"
 
 [tool.flwr.app.config]
+config = ""
 overrides = ""
 output = ""
 """
@@ -114,7 +115,44 @@ def test_a_run_gets_its_overrides_and_hydras_folder(command: Command, tmp_path: 
     assert theirs == compose(["experiment=non_overlapping", "seed=3"])
 
 
-def test_relative_folders_become_absolute(command: Command, tmp_path: Path) -> None:
+@pytest.fixture
+def mine(tmp_path: Path) -> list[str]:
+    """Return the arguments for a user's own root and option, in a folder with an odd name."""
+    folder = tmp_path / "it's, mine"
+    (folder / "client").mkdir(parents=True)
+    (folder / "client" / "slow.yaml").write_text("source: {critic_lr: 1e-4}")
+    root = "defaults:\n  - config\n  - override client: slow\n  - _self_\nseed: 5\n"
+    (folder / "mine.yaml").write_text(root)
+    return ["--config-dir", folder.name, "--config-name", "mine"]
+
+
+def test_a_users_own_files_are_what_runs(command: Command, mine: list[str]) -> None:
+    (launched,) = command(*mine, "rounds=2")
+
+    config = from_run_config(launched["run_config"])
+    assert (config.seed, config.rounds, config.client.source.critic_lr) == (5, 2, 1e-4)
+    assert config.client == compose("client.source.critic_lr=1e-4").client
+
+
+def test_a_users_own_files_are_checked(command: Command, mine: list[str], tmp_path: Path) -> None:
+    with pytest.raises(
+        SystemExit, match="client='slo' must be one of: default, paper, plain, slow"
+    ):
+        command(*mine, "client=slo")
+    (tmp_path / mine[1] / "client" / "slow.yaml").write_text("source: {ema: 7}")
+    with pytest.raises(SystemExit, match=r"client.source.ema=7.0 must be at least 0"):
+        command(*mine)
+    with pytest.raises(SystemExit, match="--config-dir=FOLDER adds one of yours"):
+        command("--config-path", str(tmp_path / mine[1]))
+
+    assert not command.launches  # type: ignore[attr-defined]
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("elsewhere", [(), ("hydra.job.chdir=true",)])
+def test_relative_folders_become_absolute(
+    command: Command, tmp_path: Path, elsewhere: tuple[str, ...]
+) -> None:
     pictures = tmp_path / "it's data"
     for index in range(3):
         for label in ("cat", "dog"):
@@ -125,6 +163,7 @@ def test_relative_folders_become_absolute(command: Command, tmp_path: Path) -> N
         f"data.root='{pictures.name}'".replace("it's", r"it\'s"),
         *("data.sources=[[0],[1]]", "data.targets=[[0,1]]", "data.samples_per_class=1"),
         "output=out",
+        *elsewhere,
     )
 
     config = from_run_config(launched["run_config"])

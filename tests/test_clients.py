@@ -54,7 +54,7 @@ def source(samples: Callable[[], Tensor], **arguments: Any) -> ClientApp:
             generator=generator,
             critic=critic,
             samples=samples,
-            training=TRAINING,
+            settings=TRAINING,
             **arguments,
         )
         return Message(content, reply_to=message)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
 
-from fl_wb.app import config as configuration
-from fl_wb.app.config import CONF, RULES, Config, ConfigError, compose, from_run_config
-from fl_wb.app.overrides import option_groups
+from fl_wb.app.config import (
+    Config,
+    ConfigError,
+    compose,
+    from_run_config,
+    new_folder,
+    to_run_config,
+)
+
+CONF = Path(__file__).parents[1] / "conf"
 
 
 def test_defaults_are_those_of_the_dataclasses() -> None:
@@ -43,12 +50,46 @@ def test_server_and_clients_compose_the_same_from_the_run_config(tmp_path: Path)
     assert server.output == str(tmp_path)
 
 
-def test_without_an_output_folder_a_new_absolute_one_is_chosen() -> None:
-    output = from_run_config({"overrides": "", "output": ""}).output
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "network=conv strategy=paper experiment=unequal client.source.critic_lr=1e-5",
+        "strategy=full_data data.targets=[[3,1],[1]] output=/out",
+        'data.name=images data.root="\'/a, b/日本 (1)/it\\\'s \\"so\\"\'"',
+    ],
+)
+def test_a_run_config_carries_a_whole_configuration(overrides: str) -> None:
+    config = compose(overrides)
 
-    assert output is not None
-    assert Path(output).is_absolute()
-    assert not Path(output).exists()
+    carried = to_run_config(config, ["in=the", "user's words"])
+
+    assert from_run_config(carried) == config
+    assert from_run_config({**carried, "output": "/else"}).output == "/else"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("seed: 1", "must be a configuration in JSON"),
+        ('{"sed": 1}', "'sed'"),
+        ('{"seed": "a"}', "seed must be an integer"),
+        ('{"client": {"source": {"ema": 7}}}', "client.source.ema=7.0 must be at least 0 and less"),
+    ],
+)
+def test_a_carried_configuration_is_checked(config: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_run_config({"config": config})
+
+
+def test_no_two_runs_get_one_folder(tmp_path: Path) -> None:
+    wanted = str(tmp_path / "2026-01-01" / "12-00-00")
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(new_folder, [wanted] * 16))
+
+    assert len(set(made)) == 16
+    assert wanted in made
+    assert all(Path(folder).is_dir() for folder in made)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +107,8 @@ def test_data_sets_choose_their_network_unless_told_otherwise() -> None:
 
 
 def test_every_file_of_conf_composes() -> None:
-    for group, options in option_groups(CONF).items():
-        for option in options:
-            compose([f"{group}={option}", "data.root=/x"])
+    for file in CONF.glob("*/*.yaml"):
+        compose([f"{file.parent.name}={file.stem}", "data.root=/x"])
 
 
 def test_hydra_may_be_initialised_already() -> None:
@@ -92,17 +132,20 @@ def test_hydra_may_be_initialised_already() -> None:
         ("client.source=3", "client.source is a group; its keys are: batch_size, "),
         ("hydra.run.dir=x", "no key 'hydra.run.dir'"),
         # ill-typed values
-        ("seed=abc", "seed=abc: seed must be an integer"),
-        ("seed=1.5", "seed=1.5: seed must be an integer"),
-        ("seed=null", "seed=null: seed must be an integer"),
-        ("client.source.critic_lr=fast", "client.source.critic_lr must be a number"),
-        ("network.width=wide", "network.width must be an integer or null"),
-        ("data.sources=[[0,one]]", "data.sources must be a list of lists of integers"),
-        ("data.sources=3", "data.sources must be a list of lists of integers"),
+        ("seed=abc", "seed=abc must be an integer"),
+        ("seed=1.5", "seed=1.5 must be an integer"),
+        ("seed=null", "seed=null must be an integer"),
+        ("client.source.critic_lr=fast", "client.source.critic_lr=fast must be a number"),
+        ("network.width=wide", "network.width=wide must be an integer or null"),
+        (
+            "data.sources=[[0,one]]",
+            r"=\[\[0,one\]\] must be a list of lists of integers",
+        ),
+        ("data.sources=3", "data.sources=3 must be a list of lists of integers"),
         # out of range
         ("seed=-1", "seed=-1 must be at least 0"),
         ("data.seed=-1", "data.seed=-1 must be at least 0"),
-        ("client.adaptation.training.iterations=0", "iterations=0 must be at least 1"),
+        ("client.adaptation.training.iterations=-1", "iterations=-1 must be at least 0"),
         ("client.source.critic_lr=0", "critic_lr=0.0 must be more than 0"),
         ("client.source.ema=1", "ema=1.0 must be at least 0 and less than 1"),
         ("data.held_out=1", "held_out=1.0 must be more than 0 and less than 1"),
@@ -122,10 +165,10 @@ def test_hydra_may_be_initialised_already() -> None:
         ("strategy.critic=true", "strategy.critic=true is for strategy=transfer"),
         ("data.source_samples_per_class=[9]", "one number for each of the 2 data.sources"),
         ("data.source_samples_per_class=[9,0]", "a list with one number, 1 or more, for each"),
-        ("client.ternarize=often", "client.ternarize must be true or false"),
+        ("client.ternarize=often", "client.ternarize=often must be true or false"),
         # no overrides at all
         ("seed", "'seed' is no override; write key=value"),
-        ("data.sources=[[0,1]", "is no override; write key=value"),
+        ("data.sources=[[0,1]", r"'data.sources=\[\[0,1\]' cannot be read"),
         ("seed=1,2", "is a sweep, which is for `fl-wb -m`"),
         ("seed='1", "No closing quotation"),
     ],
@@ -135,15 +178,12 @@ def test_wrong_settings_are_refused_by_name(overrides: str, message: str) -> Non
         compose(overrides)
 
 
-def test_every_setting_has_a_rule_and_every_rule_a_setting() -> None:
-    values = configuration._values(OmegaConf.to_container(OmegaConf.structured(Config)))
-    keys = {key for key, _ in values} - {
-        "output",
-        "data.root",
-        "data.dataset",
-        "superlink",
-    }  # any text
+ODD = ["archive (1)", "a=b", "it's", "a&b", "né w", "日本", "a#b", "[x]", "a,b", "{a}", "~x", "a;b"]
 
-    used = {key if key in RULES else key.rsplit(".", 1)[-1] for key in keys}
 
-    assert used == set(RULES)
+@pytest.mark.parametrize("name", [*ODD, "true", "2024_05"])
+def test_a_text_of_other_meaning_is_refused_with_its_quotation(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"a text .*quoted: ") as error:
+        compose([f"data.root={name}"])
+
+    assert compose(str(error.value).rpartition("quoted: ")[2]).data.root == name

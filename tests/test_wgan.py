@@ -312,7 +312,7 @@ def test_moving_average():
     ("real", "training"),
     [
         (torch.full((9, 2), torch.nan), SHORT),
-        (torch.ones(9, 2), Training(iterations=3, batch_size=8, generator_lr=float("inf"))),
+        (torch.ones(9, 2), Training(iterations=3, batch_size=8, generator_lr=1e30)),
     ],
     ids=["data", "rate"],
 )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from fl_wb.adaptation.variation import transport_pairs, variation_bank
 from fl_wb.generators.copies import copy_of
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import check_real, device_of, generate
+from fl_wb.settings import Settings, at_least, one_of
 from fl_wb.training.checkpoints import Checkpoint
 from fl_wb.training.distillation import Distillation, distill
 from fl_wb.training.wgan import (
@@ -58,7 +60,7 @@ MANY = 4000
 
 
 @dataclass
-class Adaptation:
+class Adaptation(Settings):
     """How a generator is adapted.
 
     Attributes
@@ -80,17 +82,13 @@ class Adaptation:
         well ahead of the generator measured better coverage than more iterations.
     """
 
-    method: str = "variation"
-    anchor: float | None = None
+    method: Annotated[str, one_of(*METHODS)] = "variation"
+    anchor: Annotated[float, at_least(0)] | None = None
     fresh: bool = False
     transport: Distillation = field(default_factory=lambda: Distillation(1000, 32))
     training: Training = field(
         default_factory=lambda: Training(iterations=200, warmup=300, critic_steps=8)
     )
-
-    def __post_init__(self) -> None:  # noqa: D105
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is not one of {', '.join(METHODS)}")
 
 
 def adapt(

@@ -1,45 +1,55 @@
 """The configuration: conf/ composed by Hydra into typed dataclasses, checked before a run starts.
 
-Server and clients compose the same configuration from the same overrides, which travel as one
-string in Flower's run config. Defaults stand in the dataclasses, here and beside the mathematics
+Flower's run config carries it whole to server and clients, or the overrides of which they compose
+the same. Defaults and ranges stand in the dataclasses, here and beside the mathematics
 that they set; the YAML files of conf/ hold only what differs from them.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
-from datetime import datetime
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Annotated, Any, ClassVar, cast
 
 import hydra
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fl_wb.adaptation import METHODS, Adaptation
-from fl_wb.app import limits
+from fl_wb.adaptation import Adaptation
 from fl_wb.app.overrides import ConfigError as ConfigError
-from fl_wb.app.overrides import check_key, option_groups, parse, split, words
-from fl_wb.barycenter import GEODESICS, STARTS, Stage
-from fl_wb.data.datasets import NAMES, DataConfig
+from fl_wb.app.overrides import check_key, parse, split
+from fl_wb.barycenter import Stage
+from fl_wb.data.datasets import DataConfig
 from fl_wb.messages.weights import MAX_SHARE
 from fl_wb.metrics import Evaluation
 from fl_wb.persistence.stage_store import SECONDS_BETWEEN_CHECKPOINTS
+from fl_wb.settings import Field, Rule, Settings, above, at_least, fields_of, one_of, violations
 from fl_wb.ternary import Ternarization
 from fl_wb.training.wgan import Training
 
 STRATEGIES = ("adaptive_coalescence", "fedavg", "transfer", "ensemble", "edge_only")
+DEVICE = Rule(
+    lambda device: re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) is not None,
+    "cpu, mps, cuda, or one CUDA device such as cuda:1",
+)
 
 
 @dataclass
-class NetworkConfig:
+class NetworkConfig(Settings):
     """Which networks a run trains; the same on every node.
 
     Attributes
@@ -54,14 +64,14 @@ class NetworkConfig:
         Hidden units (mlp) or channels (conv, dcgan); None: each network's own default.
     """
 
-    generator: str = "mlp"
-    critic: str = "mlp"
-    latent_dim: int = 32
-    width: int | None = None
+    generator: Annotated[str, one_of("mlp", "conv", "dcgan")] = "mlp"
+    critic: Annotated[str, one_of("mlp", "dcgan")] = "mlp"
+    latent_dim: Annotated[int, at_least(1)] = 32
+    width: Annotated[int, at_least(1)] | None = None
 
 
 @dataclass
-class StrategyConfig:
+class StrategyConfig(Settings):
     """How the server aggregates what the sources upload.
 
     Attributes
@@ -86,18 +96,18 @@ class StrategyConfig:
         A server that is killed loses no more of its stage than this.
     """
 
-    name: str = "adaptive_coalescence"
-    source: int = 0
+    name: Annotated[str, one_of(*STRATEGIES)] = "adaptive_coalescence"
+    source: Annotated[int, at_least(0)] = 0
     critic: bool = False
-    patience: int | None = 3
-    screening: float | None = None
-    max_share: float = MAX_SHARE
-    checkpoint_seconds: float = SECONDS_BETWEEN_CHECKPOINTS
+    patience: Annotated[int, at_least(1)] | None = 3
+    screening: Annotated[float, above(1)] | None = None
+    max_share: Annotated[float, at_least(1)] = MAX_SHARE
+    checkpoint_seconds: Annotated[float, at_least(0)] = SECONDS_BETWEEN_CHECKPOINTS
     stage: Stage = field(default_factory=Stage)
 
 
 @dataclass
-class ClientConfig:
+class ClientConfig(Settings):
     """What the nodes do.
 
     Attributes
@@ -124,12 +134,12 @@ class ClientConfig:
     ternarize: bool = True
     ternarization: Ternarization = field(default_factory=Ternarization)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    features: str = "classifier"
+    features: Annotated[str, one_of("classifier", "inception", "pixels")] = "classifier"
     send_few_pictures: bool = False
 
 
 @dataclass
-class Config:
+class Config(Settings):
     """One run.
 
     Attributes
@@ -139,7 +149,7 @@ class Config:
     rounds
         Rounds of uploading, merging and evaluating.
     output
-        Absolute folder for what the run leaves; None: `from_run_config` chooses.
+        Absolute folder for what the run leaves; None: a new one.
     device
         Where the server and the nodes train.
     superlink
@@ -153,77 +163,41 @@ class Config:
         The groups of conf/.
     """
 
-    seed: int = 0
-    rounds: int = 1
+    seed: Annotated[int, at_least(0)] = 0
+    rounds: Annotated[int, at_least(1)] = 1
     output: str | None = None
-    device: str = "cpu"
+    device: Annotated[str, DEVICE] = "cpu"
     superlink: str | None = None
-    nodes: int | None = None
-    timeout: float = 3600.0
+    nodes: Annotated[int, at_least(1)] | None = None
+    timeout: Annotated[float, above(0)] = 3600.0
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
 
 
-RULES: dict[str, limits.Rule] = {
-    "seed": limits.at_least(0),
-    "rounds": limits.at_least(1),
-    "device": limits.DEVICE,
-    "nodes": limits.at_least(1),
-    "timeout": limits.above(0),
-    "data.name": limits.one_of(*NAMES),
-    "limit": limits.at_least(2),
-    "data.sources": limits.CLASSES,
-    "data.targets": limits.CLASSES,
-    "data.shape": limits.SHAPE,
-    "samples_per_class": limits.at_least(1),
-    "held_out": limits.share(),
-    "network.generator": limits.one_of("mlp", "conv", "dcgan"),
-    "network.critic": limits.one_of("mlp", "dcgan"),
-    "latent_dim": limits.at_least(1),
-    "width": limits.at_least(1),
-    "strategy.name": limits.one_of(*STRATEGIES),
-    "strategy.source": limits.at_least(0),
-    "strategy.critic": limits.SWITCH,
-    "patience": limits.at_least(1),
-    "screening": limits.above(1),
-    "max_share": limits.at_least(1),
-    "send_few_pictures": limits.SWITCH,
-    "checkpoint_seconds": limits.at_least(0),
-    "geodesic": limits.one_of(*GEODESICS),
-    "start": limits.one_of(*STARTS),
-    "method": limits.one_of(*METHODS),
-    "anchor": limits.at_least(0),
-    "fidelity": limits.at_least(0),
-    "energy": limits.at_least(0),
-    "client.evaluation.samples": limits.at_least(2),
-    "draws": limits.at_least(1),
-    "bank": limits.SWITCH,
-    "ternarize": limits.SWITCH,
-    "fresh": limits.SWITCH,
-    "pooled": limits.SWITCH,
-    "source_samples_per_class": limits.COUNTS,
-    "snapshots": limits.at_least(0),
-    "features": limits.one_of("classifier", "inception", "pixels"),
-    "iterations": limits.at_least(1),
-    "batch_size": limits.at_least(2),
-    "critic_steps": limits.at_least(1),
-    "warmup": limits.at_least(0),
-    "generator_lr": limits.above(0),
-    "critic_lr": limits.above(0),
-    "lr": limits.above(0),
-    "threshold_lr": limits.at_least(0),
-    "penalty": limits.at_least(0),
-    "ema": limits.share(zero=True),
-}
-
 CONF = "fl_wb.conf"
+SEARCH = "hydra.searchpath"  # Hydra's own: where more YAML files are
 SCHEMA = "schema"  # the name under which config.yaml's defaults list refers to `Config`
 ConfigStore.instance().store(name=SCHEMA, node=Config)
 
 
-def compose(overrides: Sequence[str] | str = ()) -> Config:
+def new_folder(folder: str) -> str:
+    """Make a folder that no other run has: the one named, or the same with -2, -3, ... behind."""
+    for number in itertools.count(1):
+        path = Path(folder if number == 1 else f"{folder}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return str(path)
+    raise AssertionError
+
+
+OmegaConf.register_new_resolver("new_folder", new_folder, use_cache=True)
+
+
+def compose(
+    overrides: Sequence[str] | str = (), *, name: str = "config", folder: str | None = None
+) -> Config:
     """Compose conf/ with Hydra overrides into a checked configuration.
 
     Parameters
@@ -231,6 +205,10 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
     overrides : sequence of str, or str
         Such as ``["data=mnist", "seed=1"]``, or the same in one string, separated by spaces
         (quoted as in a shell where a value has spaces of its own).
+    name : str
+        Of the file that is the root.
+    folder : str, optional
+        Of the user's own YAML files, as Hydra's ``--config-dir``.
 
     Raises
     ------
@@ -238,26 +216,48 @@ def compose(overrides: Sequence[str] | str = ()) -> Config:
         If a key is unknown, or a value ill-typed or out of range.
     """
     overrides = split(overrides) if isinstance(overrides, str) else list(overrides)
-    for override in parse(overrides):
-        check_key(override, _fields(), option_groups(CONF))
+    parsed = parse(overrides)
+    more = [text for text in overrides if text.startswith(f"{SEARCH}=")]
     try:
-        with _hydra():
-            composed = hydra.compose("config", overrides)
-        values = dict(_values(OmegaConf.to_container(composed, resolve=True)))
-        wrong = limits.violations(values, RULES)
-        here = values["data.name"] in ("digits", "hub")
-        if not (here or values["data.root"] or values["data.shape"]):
-            wrong.append(
-                "data.root must be given: the folder of the data (data.root=FOLDER); or "
-                "data.shape, where every node has data of its own"
-            )
-        if values["data.name"] == "hub" and not values["data.dataset"]:
-            wrong.append("data.dataset must be given, such as uoft-cs/cifar10")
-        if wrong:
-            raise ConfigError("; ".join(wrong))
-        return _completed(cast(Config, OmegaConf.to_object(composed)))
-    except (HydraException, OmegaConfBaseException) as error:
+        with _hydra(folder) as loader:
+            groups: dict[str, list[str]] = {g: [] for g in loader.list_groups("") if g != "hydra"}
+            for group in groups.keys() & {override.key_or_group for override in parsed}:
+                groups[group] = loader.get_group_options(group, config_name=name, overrides=more)
+            for override in parsed:
+                if override.key_or_group != SEARCH:
+                    check_key(override, _fields(), groups)
+            return checked(hydra.compose(name, overrides))
+    except HydraException as error:
         raise ConfigError(_explain(error)) from error
+
+
+def checked(values: Mapping[str, Any] | DictConfig) -> Config:
+    """Return the values of a configuration, as Hydra composed it or a run config carries it.
+
+    Raises
+    ------
+    ConfigError
+        If a key is unknown, a value ill-typed or out of range, or one contradicts another.
+    """
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(Config), values)
+        plain = cast(dict[str, Any], OmegaConf.to_container(typed, resolve=True))
+        if wrong := [*violations(Config, plain), *_missing(plain["data"])]:
+            raise ConfigError("; ".join(wrong))
+        return _completed(cast(Config, OmegaConf.to_object(typed)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _missing(data: Mapping[str, Any]) -> Iterator[str]:
+    """Say what the data set cannot do without."""
+    if data["name"] in ("idx", "images") and not (data["root"] or data["shape"]):
+        yield (
+            "data.root must be given: the folder of the data (data.root=FOLDER); or "
+            "data.shape, where every node has data of its own"
+        )
+    if data["name"] == "hub" and not data["dataset"]:
+        yield "data.dataset must be given, such as uoft-cs/cifar10"
 
 
 def _completed(config: Config) -> Config:
@@ -283,12 +283,23 @@ def _completed(config: Config) -> Config:
     return config
 
 
-def from_run_config(run_config: Mapping[str, Any]) -> Config:
-    """Compose the configuration of a run from Flower's ``context.run_config``.
+def to_run_config(config: Config, overrides: Sequence[str]) -> dict[str, str]:
+    """Return the run config with which `from_run_config` makes the same configuration.
 
-    ``output`` of the run config names the output folder; where it is empty, and the overrides
-    name none, that is a new folder in ``~/fl-wb``. (The working directory would say nothing: a
-    SuperLink has that of whoever started it first.) Nothing is created here.
+    ``overrides`` are the user's words for it, which go into the result file.
+    """
+    return {
+        "config": json.dumps(asdict(config)),
+        "overrides": shlex.join(overrides),
+        "output": config.output or "",
+    }
+
+
+def from_run_config(run_config: Mapping[str, Any]) -> Config:
+    """Return the configuration of a run, from Flower's ``context.run_config``.
+
+    That is ``config``, a whole one in JSON, or where that is empty what ``overrides`` compose;
+    ``output`` goes before its output folder.
 
     Raises
     ------
@@ -296,11 +307,14 @@ def from_run_config(run_config: Mapping[str, Any]) -> Config:
         As in `compose`, and for a folder that is not absolute: nodes work in directories of
         their own.
     """
-    config = compose(str(run_config.get("overrides", "")))
-    output = str(run_config.get("output", "")) or config.output
-    if not output:
-        output = str(Path.home() / "fl-wb" / f"{datetime.now():%Y-%m-%d/%H-%M-%S}")
-    config.output = output
+    carried, overrides, output = (
+        str(run_config.get(key, "")) for key in ("config", "overrides", "output")
+    )
+    try:
+        config = checked(json.loads(carried)) if carried else compose(overrides)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config={carried!r} must be a configuration in JSON: {error}") from error
+    config = replace(config, output=output or config.output)
     check_absolute(config)
     return config
 
@@ -322,41 +336,45 @@ def _explain(error: Exception) -> str:
     """Return what Hydra or OmegaConf found, in the words of the user's keys."""
     cause: BaseException = error.__cause__ or error
     key = re.sub(r"\[.*", "", str(getattr(cause, "full_key", None) or ""))
-    match = re.search(r"Error merging override (.*)", str(error))
-    if match and key in _fields():
-        return f"{match.group(1)}: {key} must be {words(_fields()[key])}"
-    return str(error).split("\nConfig search path")[0].replace("\n", " ")
+    text = str(error).split("\nConfig search path")[0].replace("\n", " ")
+    if key not in _fields():
+        return text
+    match = re.match(r"Error merging override (.*)", str(error))
+    wrong = f"{match.group(1)} must be" if match else f"{text}: {key} must be"
+    return f"{wrong} {_fields()[key].type_words}"
 
 
 @cache
-def _fields() -> dict[str, Any]:
-    """Return the type of every key, groups of keys included."""
+def _fields() -> dict[str, Field]:
+    """Return what every key may be, groups of keys included."""
 
-    def walk(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, hint in get_type_hints(kind).items():
-            yield prefix + name, hint
-            if is_dataclass(hint):
-                yield from walk(cast(type, hint), f"{prefix}{name}.")
+    def walk(kind: Any, prefix: str) -> Iterator[tuple[str, Field]]:
+        for name, found in fields_of(kind).items():
+            yield prefix + name, found
+            if is_dataclass(found.kind):
+                yield from walk(found.kind, f"{prefix}{name}.")
 
     return dict(walk(Config, ""))
 
 
-def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the full key and the value of every setting."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _values(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+class _ConfigDir(SearchPathPlugin):
+    """Looks for YAML files where `hydra.main` does for ``--config-dir``: behind conf/."""
+
+    folder: ClassVar[str | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder:
+            search_path.append("command-line", f"file://{Path(self.folder).absolute()}")
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
+def _hydra(folder: str | None) -> Iterator[ConfigLoader]:
     """Initialise Hydra for conf/, whatever else of Hydra the process has initialised already."""
-    before = GlobalHydra.instance().hydra
+    Plugins.instance().register(_ConfigDir)
+    before, _ConfigDir.folder = GlobalHydra.instance().hydra, folder
     GlobalHydra.instance().hydra = None
     try:
         with hydra.initialize_config_module(CONF, version_base="1.3"):
-            yield
+            yield GlobalHydra.instance().config_loader()
     finally:
-        GlobalHydra.instance().hydra = before
+        GlobalHydra.instance().hydra, _ConfigDir.folder = before, None

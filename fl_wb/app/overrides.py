@@ -8,15 +8,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import cache
-from importlib import resources
-from typing import Any
+from difflib import get_close_matches
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from fl_wb.app.limits import suggestion
+from fl_wb.settings import Field
 
 
 class ConfigError(ValueError):
@@ -50,14 +48,16 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(OverridesParser.create().parse_override(text))
         except HydraException as error:
-            raise ConfigError(
-                f"{text!r} is no override; write key=value, such as seed=1 or data=mnist"
-            ) from error
+            if "=" in text:
+                wrong = f"cannot be read; a text of such characters is quoted: {_quotation(text)}"
+            else:
+                wrong = "is no override; write key=value, such as seed=1 or data=mnist"
+            raise ConfigError(f"{text!r} {wrong}") from error
     return parsed
 
 
 def check_key(
-    override: Override, fields: Mapping[str, Any], groups: Mapping[str, Sequence[str]]
+    override: Override, fields: Mapping[str, Field], groups: Mapping[str, Sequence[str]]
 ) -> None:
     """Refuse what Hydra would accept or explain badly: unknown and added keys, unknown options.
 
@@ -66,7 +66,7 @@ def check_key(
     override : Override
         As parsed.
     fields : mapping
-        Type of every key of the configuration, groups of keys included.
+        What every key of the configuration may be, groups of keys included.
     groups : mapping
         The options of every group of files.
 
@@ -75,11 +75,15 @@ def check_key(
     ConfigError
         Naming the key and what is allowed in its place.
     """
-    text, key = override.input_line, override.key_or_group
+    text, key = str(override.input_line), override.key_or_group
+    free = key in fields and fields[key].kind is str and not fields[key].rules
     if override.is_add() or override.is_delete():
         raise ConfigError(f"{text!r}: keys cannot be added or removed; write key=value")
     if override.is_sweep_override():
-        raise ConfigError(f"{text!r} is a sweep, which is for `fl-wb -m`; one run takes one value")
+        raise ConfigError(
+            f"{text!r} is a sweep, which is for `fl-wb -m`; one run takes one value"
+            + (f"; a text is quoted: {_quotation(text)}" if free else "")
+        )
     if key in groups:
         option = override.value()
         if option not in groups[key] and not (key == "experiment" and option is None):
@@ -97,40 +101,30 @@ def check_key(
             + f"; {f'the keys of {parent}' if parent else 'the keys'} are: "
             + ", ".join(_below(parent, [*fields, *(() if parent else groups)]))
         )
-    elif is_dataclass(fields[key]):
+    elif free and not isinstance(value := override.value(), str | None):
+        if str(value) != text.partition("=")[2]:
+            raise ConfigError(f"{text!r} would be {value!r}; a text is quoted: {_quotation(text)}")
+    elif is_dataclass(fields[key].kind):
         raise ConfigError(
             f"{text!r}: {key} is a group; its keys are: {', '.join(_below(key, fields))}"
         )
 
 
-@cache
-def option_groups(package: str) -> dict[str, list[str]]:
-    """Return the groups of a package of YAML files, and the options of each."""
-    return {
-        folder.name: sorted(
-            file.name.removesuffix(".yaml")
-            for file in folder.iterdir()
-            if file.name.endswith(".yaml")
-        )
-        for folder in resources.files(package).iterdir()
-        if folder.is_dir() and not folder.name.startswith("_")
-    }
+def quoted(text: str) -> str:
+    """Return a text as Hydra's grammar takes it, whatever characters it has."""
+    return "'" + text.replace("'", r"\'") + "'"
 
 
-def words(kind: Any) -> str:
-    """Return the type of a configuration's field in words."""
-    plain = {
-        int: "an integer",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        list[int]: "a list of integers, such as [1,28,28]",
-        list[list[int]]: "a list of lists of integers, such as [[0,1,2],[3,4]]",
-    }
-    parts = [part for part in getattr(kind, "__args__", ()) if part is not type(None)]
-    if type(None) in getattr(kind, "__args__", ()):
-        return f"{words(parts[0])} or null"
-    return plain.get(kind, str(kind))
+def suggestion(name: str, names: Sequence[str]) -> str:
+    """Return '; did you mean ...?' for a name close to one of ``names``, else nothing."""
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _quotation(override: str) -> str:
+    """Return how an override is typed in a shell whose value Hydra's grammar would not read so."""
+    key, _, value = override.partition("=")
+    return f'{key}="{quoted(value)}"'
 
 
 def _below(parent: str, keys: Iterable[str]) -> list[str]:

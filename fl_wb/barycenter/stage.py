@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
+from fl_wb.settings import Settings, at_least, one_of
 from fl_wb.training.distillation import Distillation, distill
 from fl_wb.training.statistics import settle
 from fl_wb.training.wgan import Progress, Regularizer, Sampler, Training, resample, train_wgan
@@ -44,7 +46,7 @@ VERSION = 2
 
 
 @dataclass
-class Stage:
+class Stage(Settings):
     """How a stage merges generators.
 
     Attributes
@@ -68,21 +70,13 @@ class Stage:
         The WGAN-GP that follows.
     """
 
-    geodesic: str = "mixture"
-    start: str = "distilled"
-    fidelity: float = 1.0
+    geodesic: Annotated[str, one_of(*GEODESICS)] = "mixture"
+    start: Annotated[str, one_of(*STARTS)] = "distilled"
+    fidelity: Annotated[float, at_least(0)] = 1.0
     distillation: Distillation = field(
         default_factory=lambda: Distillation(iterations=4000, lr=1e-2)
     )
     training: Training = field(default_factory=lambda: Training(iterations=0, warmup=100))
-
-    def __post_init__(self) -> None:  # noqa: D105
-        for name, value, allowed in (
-            ("geodesic", self.geodesic, GEODESICS),
-            ("start", self.start, STARTS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
 
     @property
     def iterations(self) -> int:

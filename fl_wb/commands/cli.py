@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import itertools
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import hydra
 import torch
+
+# Private, as of Hydra 1.3: what `hydra.main` itself parses, here before it starts anything.
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
-from fl_wb.app.config import CONF, Config, ConfigError, check_absolute, compose
+from fl_wb.app.config import (
+    CONF,
+    SEARCH,
+    Config,
+    ConfigError,
+    check_absolute,
+    checked,
+    compose,
+    to_run_config,
+)
 from fl_wb.app.overrides import parse
 from fl_wb.commands.launcher import RunFailed, launch, submit
 from fl_wb.data import datasets
@@ -38,9 +50,12 @@ _failures: list[str] = []
 def main() -> None:
     """Run the command line interface."""
     arguments = get_args_parser().parse_args()
+    if arguments.config_path:
+        sys.exit("fl-wb: --config-path is FL-WB's own; --config-dir=FOLDER adds one of yours")
     try:
+        name, folder = arguments.config_name or "config", arguments.config_dir
         for overrides in runs(arguments.overrides, sweep=arguments.multirun):
-            check(compose(overrides))
+            check(compose(overrides, name=name, folder=folder))
     except (ConfigError, DataError) as error:
         sys.exit(f"fl-wb: {error}")
     try:
@@ -54,34 +69,46 @@ def main() -> None:
 
 
 @hydra.main(version_base="1.3", config_path=f"pkg://{CONF}", config_name="config")
-def _job(_: DictConfig) -> None:
+def _job(composed: DictConfig) -> None:
     job = HydraConfig.get()
-    overrides = list(job.overrides.task)
-    config = compose(overrides)
-    output = Path(config.output or job.runtime.output_dir).expanduser().resolve()
+    overrides, output = list(job.overrides.task), Path(job.runtime.output_dir)
     try:
+        config = checked(composed)
+        if config.superlink is None:
+            config = _here(config, output)
+            output = Path(config.output or output)
+        check(config)
         if config.superlink is not None:
-            # Folders are those of the SuperLink's machine, which may be another one.
-            settings = {"overrides": shlex.join(overrides), "output": config.output or ""}
-            submit(settings, config.superlink)
+            submit(to_run_config(config, overrides), config.superlink)
         else:
-            _simulate(overrides, config, output)
-        _outputs.append((list(job.overrides.task), output))
-    except (RunFailed, OSError) as error:
+            _simulate(config, overrides)
+        _outputs.append((overrides, output))
+    except (ConfigError, DataError, RunFailed, OSError) as error:
         _failures.append(f"{output}: {error}")
         if job.mode is RunMode.MULTIRUN:
             print(f"fl-wb: {error}; going on with the sweep", file=sys.stderr)
 
 
-def _simulate(overrides: list[str], config: Config, output: Path) -> None:
-    if config.data.root is not None:
-        # Nodes work in directories of their own.
-        root = str(Path(config.data.root).expanduser().resolve()).replace("'", "\\'")
-        overrides = [*overrides, f"data.root='{root}'"]
+def _here(config: Config, output: Path) -> Config:
+    """Return a simulation's configuration with absolute folders: nodes work in others."""
+
+    def absolute(folder: str) -> str:
+        # From where the command was typed, also where Hydra has changed the working directory.
+        return str(Path(to_absolute_path(str(Path(folder).expanduser()))).resolve())
+
+    data = config.data
+    if data.root is not None:
+        data = replace(data, root=absolute(data.root))
+    return replace(config, data=data, output=absolute(config.output or str(output)))
+
+
+def _simulate(config: Config, overrides: Sequence[str]) -> None:
+    run_config = to_run_config(config, overrides)
+    output = Path(run_config["output"])
     output.mkdir(parents=True, exist_ok=True)
     nodes = len(config.data.sources) + len(config.data.targets)
     launch(
-        {"overrides": shlex.join(overrides), "output": str(output)},
+        run_config,
         nodes=nodes,
         log=output / "superlink.log",
         gpus=1 / nodes if config.device.startswith("cuda") else 0.0,
@@ -99,7 +126,7 @@ def runs(overrides: Sequence[str], *, sweep: bool) -> Iterator[list[str]]:
     choices = []
     for override in parse(overrides):
         key = override.get_key_element()
-        if key.lstrip("+~").startswith(("hydra.", "hydra/")):
+        if key.lstrip("+~").startswith(("hydra.", "hydra/")) and key != SEARCH:
             continue
         if sweep and key == "output":
             raise ConfigError("output would be one folder for all runs; set hydra.sweep.dir")

@@ -49,6 +49,7 @@ serverapp = "fl_wb.server_app:app"
 clientapp = "fl_wb.client_app:app"
 
 [tool.flwr.app.config]
+config = ""
 overrides = ""
 output = ""
 """

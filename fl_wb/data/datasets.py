@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fl_wb.data import hub, readers
 from fl_wb.data.readers import IDX_NAME, Bytes, DataError
+from fl_wb.settings import Rule, Settings, above, at_least, one_of
 
 NAMES = ("digits", "idx", "images", "hub")
 
@@ -30,33 +31,46 @@ Indices = npt.NDArray[np.int64]
 SPLIT_SEED = 2101
 
 
+CLASSES = Rule(
+    lambda nodes: nodes and all(classes and min(classes) >= 0 for classes in nodes),
+    "a list with the classes of each node, at least one node and one class each, "
+    "such as [[0,1,2],[3,4]]",
+)
+COUNTS = Rule(
+    lambda counts: counts and min(counts) > 0,
+    "a list with one number, 1 or more, for each node, such as [100,25]",
+)
+SHAPE = Rule(lambda s: len(s) == 3 and min(s) > 0, "channels, height and width, such as [1,28,28]")
+
+
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     """Which data a run uses and which node gets what."""
 
-    # "digits" (bundled 8x8 digits), "idx" (IDX files), "images" (folders of pictures), "hub"
-    # (flwr-datasets)
-    name: str = "digits"
+    # Bundled 8x8 digits, IDX files, folders of pictures, or what flwr-datasets finds.
+    name: Annotated[str, one_of(*NAMES)] = "digits"
     root: str | None = None  # the folder of "idx" and "images"
     dataset: str | None = None  # of "hub": its name there, or a folder in its format
-    limit: int | None = None  # most images that "hub" reads of its training and its test part
+    limit: Annotated[int, at_least(2)] | None = None  # most images that "hub" reads of each part
     # Shape (c, h, w) of an image. Only needed where the nodes bring data of their own and the
     # server has none to look at; and what images of the hub are brought to.
-    shape: list[int] | None = None
+    shape: Annotated[list[int], SHAPE] | None = None
     # Classes of each source node. Sources that share a class get disjoint images of it.
-    sources: list[list[int]] = field(default_factory=lambda: [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
+    sources: Annotated[list[list[int]], CLASSES] = field(
+        default_factory=lambda: [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    )
     # Classes of each target node, and how many images of each class it has.
-    targets: list[list[int]] = field(default_factory=lambda: [list(range(10))])
-    samples_per_class: int = 10
+    targets: Annotated[list[list[int]], CLASSES] = field(default_factory=lambda: [[*range(10)]])
+    samples_per_class: Annotated[int, at_least(1)] = 10
     # Most images of a class that each source keeps of its share; None: all. A source's weight is
     # the number of its images.
-    source_samples_per_class: list[int] | None = None
+    source_samples_per_class: Annotated[list[int], COUNTS] | None = None
     # One source in place of `sources`, with every training image of the targets' classes, also
     # those that the targets have: the ceiling, which no node can reach.
     pooled: bool = False
     # Share kept for evaluation; unused where the data brings a test part of its own.
-    held_out: float = 0.3
-    seed: int = 0  # of the partition over the nodes; the held-out part does not depend on it
+    held_out: Annotated[float, above(0, below=1)] = 0.3
+    seed: Annotated[int, at_least(0)] = 0  # of the partition; the held-out part is always the same
 
 
 @dataclass(frozen=True)
@@ -87,12 +101,8 @@ def load(data: DataConfig) -> tuple[Samples, Samples]:
     Raises
     ------
     DataError
-        If the data is not there or damaged, or ``data.name`` or ``data.held_out`` is out of range.
+        If the data is not there or damaged.
     """
-    if data.name not in NAMES:
-        raise DataError(f"data.name={data.name!r} is unknown; it can be: {', '.join(NAMES)}")
-    if not 0 < data.held_out < 1:
-        raise DataError(f"data.held_out={data.held_out} must lie between 0 and 1")
     if data.name != "hub":
         return _load(data.name, data.root, data.held_out)
     return _load("hub", data.dataset, data.held_out, tuple(data.shape or ()), data.limit)
@@ -135,8 +145,7 @@ def source_samples(data: DataConfig, index: int) -> Samples:
     Raises
     ------
     DataError
-        If there is no such source, it has no classes, or no image of one of its classes is left for
-        it.
+        If there is no such source, or no image of one of its classes is left for it.
     """
     train, _ = load(data)
     node = f"data.sources[{index}]"
@@ -161,16 +170,11 @@ def target_samples(data: DataConfig, index: int) -> Samples:
     Raises
     ------
     DataError
-        If there is no such target, it has no classes, or a class has too few images.
+        If there is no such target, or a class has too few images.
     """
     train, _ = load(data)
     node = f"data.targets[{index}]"
     classes = _classes(data.targets, index, node)
-    if data.samples_per_class < 1:
-        raise DataError(
-            f"{node}: data.samples_per_class={data.samples_per_class} leaves it no data; "
-            "use 1 or more"
-        )
     parts = []
     for label in classes:
         part = _partition(train, label, data)[0].get(index)
@@ -202,14 +206,11 @@ def held_out(data: DataConfig, classes: Iterable[int]) -> Samples:
 
 
 def _classes(nodes: list[list[int]], index: int, node: str) -> list[int]:
-    """Return the distinct classes of a node, or say why there are none."""
+    """Return the distinct classes of a node, or say that there is none."""
     if not 0 <= index < len(nodes):
         raise DataError(
-            f"{node} does not exist: the configuration names {len(nodes)} such nodes, "
-            "counted from 0"
+            f"{node} does not exist: the settings name {len(nodes)} such nodes, counted from 0"
         )
-    if not nodes[index]:
-        raise DataError(f"{node} is empty: name at least one class")
     return list(dict.fromkeys(nodes[index]))
 
 
@@ -234,10 +235,10 @@ def _partition(
     order = torch.nonzero(train.labels == label).flatten().numpy()
     # One stream per class, so that a class is dealt out the same way whatever other classes a run
     # uses.
-    order = np.random.default_rng([data.seed, max(label, 0)]).permutation(order)
+    order = np.random.default_rng([data.seed, label]).permutation(order)
     targets: dict[int, Indices] = {}
     for index, classes in enumerate(data.targets):
-        if label in classes and 0 < data.samples_per_class <= len(order):
+        if label in classes and data.samples_per_class <= len(order):
             targets[index], order = np.split(order, [data.samples_per_class])
     if data.pooled:
         order = np.concatenate([*targets.values(), order])

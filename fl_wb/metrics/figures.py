@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from fl_wb.generators.sampling import check_real, generate
 from fl_wb.metrics.features import Features, inception_features, train_features
 from fl_wb.metrics.sample_sets import Samples, SampleSet, as_set, kid_kernel, over_pairs, rows_of
+from fl_wb.settings import Settings, at_least
 from fl_wb.transport import wasserstein1
 
 __all__ = [
@@ -49,7 +51,7 @@ DRAWS = 20  # held-out sets that the memorization ratio is averaged over
 
 
 @dataclass
-class Evaluation:
+class Evaluation(Settings):
     """How a target compares its generators with held-out samples.
 
     Attributes
@@ -64,10 +66,10 @@ class Evaluation:
         How often the generator is evaluated during its adaptation, for a plot of convergence.
     """
 
-    samples: int | None = None
-    draws: int = 1
+    samples: Annotated[int, at_least(2)] | None = None
+    draws: Annotated[int, at_least(1)] = 1
     bank: bool = False
-    snapshots: int = 0
+    snapshots: Annotated[int, at_least(0)] = 0
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from torch.optim.swa_utils import update_bn
 
 from fl_wb.generators.copies import copy_of
 from fl_wb.generators.sampling import device_of, latent_dim_of
+from fl_wb.settings import above, at_least
 from fl_wb.ternary.numpy_reader import PackedFileError
 from fl_wb.ternary.packing import load, pack, save, unpack
 from fl_wb.ternary.rotation import turned
@@ -72,9 +74,9 @@ class Ternarization(Distillation):
         rates drift until no weight is zero.
     """
 
-    lr: float = 2e-3
-    energy: float = 2.5
-    threshold_lr: float = 2e-4
+    lr: Annotated[float, above(0)] = 2e-3
+    energy: Annotated[float, at_least(0)] = 2.5
+    threshold_lr: Annotated[float, at_least(0)] = 2e-4
 
 
 class Ternary(nn.Module):

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from fl_wb.generators.sampling import device_of
+from fl_wb.settings import Settings, above, at_least
 from fl_wb.training.checkpoints import Checkpoint, TrainingState
 from fl_wb.training.random_numbers import own_random_numbers
 from fl_wb.training.wgan import Progress
@@ -36,7 +38,7 @@ def pairs_of(teacher: Callable[[Tensor], Tensor], latent_dim: int) -> Pairs:
 
 
 @dataclass
-class Distillation:
+class Distillation(Settings):
     """How a generator is distilled.
 
     Attributes
@@ -50,9 +52,9 @@ class Distillation:
         the same seconds.
     """
 
-    iterations: int = 2000
-    batch_size: int = 128
-    lr: float = 3e-3
+    iterations: Annotated[int, at_least(0)] = 2000
+    batch_size: Annotated[int, at_least(2)] = 128
+    lr: Annotated[float, above(0)] = 3e-3
 
 
 def distill(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fl_wb.generators.copies import copy_of
 from fl_wb.generators.sampling import device_of, input_gradient, latent_dim_of
+from fl_wb.settings import Settings, above, at_least
 from fl_wb.training.checkpoints import Checkpoint, TrainingState
 from fl_wb.training.random_numbers import own_random_numbers
 
@@ -32,7 +34,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass
-class Training:
+class Training(Settings):
     """How a WGAN is trained.
 
     Attributes
@@ -55,14 +57,14 @@ class Training:
         Decay of the moving average of the generator's weights, which is what training returns.
     """
 
-    iterations: int = 1000
-    batch_size: int = 64
-    critic_steps: int = 5
-    warmup: int = 0
-    generator_lr: float = 2e-4
-    critic_lr: float = 1e-3
-    penalty: float = 10.0
-    ema: float = 0.99
+    iterations: Annotated[int, at_least(0)] = 1000
+    batch_size: Annotated[int, at_least(2)] = 64
+    critic_steps: Annotated[int, at_least(1)] = 5
+    warmup: Annotated[int, at_least(0)] = 0
+    generator_lr: Annotated[float, above(0)] = 2e-4
+    critic_lr: Annotated[float, above(0)] = 1e-3
+    penalty: Annotated[float, at_least(0)] = 10.0
+    ema: Annotated[float, at_least(0, below=1)] = 0.99
 
     @property
     def reals(self) -> int:
@@ -129,7 +131,7 @@ def train_wgan(
     generator: nn.Module,
     critics: Sequence[nn.Module],
     reals: Sequence[Sampler],
-    training: Training,
+    settings: Training,
     *,
     latent_dim: int | None = None,
     seed: int = 0,
@@ -148,8 +150,7 @@ def train_wgan(
         that require no gradient stay as they are.
     critics, reals
         Critic j tells samples of ``reals[j]`` from the generator's.
-    training : Training
-        Iterations, rates, penalty.
+    settings : Training
     latent_dim : int, optional
         For a generator without the attribute.
     seed : int
@@ -163,25 +164,25 @@ def train_wgan(
     FloatingPointError
         If the generator's weights stop being finite.
     """
-    loop = _Loop(generator, critics, reals, training, latent_dim, seed, regularizer)
+    loop = _Loop(generator, critics, reals, settings, latent_dim, seed, regularizer)
     if not (checkpoint and loop.state.resume(checkpoint)):
         with own_random_numbers(seed):
-            loop.critic_phase(training.warmup)
-    while loop.state.iteration < training.iterations:
+            loop.critic_phase(settings.warmup)
+    while loop.state.iteration < settings.iterations:
         with own_random_numbers(seed + 1 + loop.state.iteration):
             losses = loop.step()
         if checkpoint:
             loop.state.save_if_due(checkpoint)
         if callback:
             told = {name: loss.item() for name, loss in losses.items()}
-            callback(loop.state.iteration, training.iterations, told)
+            callback(loop.state.iteration, settings.iterations, told)
     for mine, given in zip(loop.ema.module.parameters(), generator.parameters(), strict=True):
         mine.requires_grad_(given.requires_grad)
     trained = Trained(loop.ema.module.eval(), loop.critics)
     if not all(torch.isfinite(p).all() for p in trained.generator.parameters()):
         raise FloatingPointError(
             "WGAN training diverged: the generator's weights are not finite; lower "
-            f"generator_lr ({training.generator_lr}) or critic_lr ({training.critic_lr})"
+            f"generator_lr ({settings.generator_lr}) or critic_lr ({settings.critic_lr})"
         )
     return trained
 
@@ -194,7 +195,7 @@ class _Loop:
         generator: nn.Module,
         critics: Sequence[nn.Module],
         reals: Sequence[Sampler],
-        training: Training,
+        settings: Training,
         latent_dim: int | None,
         seed: int,
         regularizer: Regularizer | None,
@@ -206,11 +207,11 @@ class _Loop:
         self.generator = copy_of(generator)
         self.trained = [p for p in self.generator.parameters() if p.requires_grad]
         self.critics = [copy_of(c).to(device).train().requires_grad_(True) for c in critics]
-        self.reals, self.training, self.regularizer = reals, training, regularizer
+        self.reals, self.settings, self.regularizer = reals, settings, regularizer
         self.rng = torch.Generator(device).manual_seed(seed)
-        self.ema = moving_average(self.generator, training.ema)
-        self.generator_adam = _adam(self.trained, training.generator_lr)
-        self.critic_adams = [_adam(list(c.parameters()), training.critic_lr) for c in self.critics]
+        self.ema = moving_average(self.generator, settings.ema)
+        self.generator_adam = _adam(self.trained, settings.generator_lr)
+        self.critic_adams = [_adam(list(c.parameters()), settings.critic_lr) for c in self.critics]
         named = {f"critic{j}": critic for j, critic in enumerate(self.critics)}
         self.state = TrainingState(
             {"generator": self.generator, "average": self.ema.module, **named},
@@ -223,8 +224,8 @@ class _Loop:
 
     def step(self) -> dict[str, Tensor]:
         """One iteration: the critics' steps, then the generator's; returns its losses."""
-        critic_losses = self.critic_phase(self.training.critic_steps)
-        z = self.latents(self.training.batch_size)
+        critic_losses = self.critic_phase(self.settings.critic_steps)
+        z = self.latents(self.settings.batch_size)
         fakes = self.generator(z)
         loss = -torch.stack([critic(fakes).mean() for critic in self.critics]).mean()
         if self.regularizer:
@@ -242,14 +243,14 @@ class _Loop:
         """Critic steps on fakes made at once, without a graph; returns the last mean loss."""
         if not steps:
             return torch.zeros(())
-        size, batch = steps * self.training.batch_size, self.training.batch_size
+        size, batch = steps * self.settings.batch_size, self.settings.batch_size
         with torch.no_grad():
             fakes = self.generator(self.latents(size)).split(batch)
         total = torch.zeros((), device=self.rng.device)
         for critic, adam, real in zip(self.critics, self.critic_adams, self.reals, strict=True):
             loss = total
             for x, y in zip(real(size, self.rng).split(batch), fakes, strict=True):
-                loss = critic_loss(critic, x, y, self.training.penalty, self.rng)
+                loss = critic_loss(critic, x, y, self.settings.penalty, self.rng)
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
