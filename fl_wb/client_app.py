@@ -110,7 +110,7 @@ def evaluate(message: Message, context: Context) -> Message:
             adaptation=config.client.adaptation,
             ternarize=config.client.ternarize,
             ternarization=config.client.ternarization,
-            seed=_seed(config, len(config.data.sources) + node.index),
+            seed=_seed(config, config.data.source_count + node.index),
             device=node.device,
         ),
         held_out,
@@ -151,7 +151,7 @@ def place(context: Context, config: Config) -> Place:
         return Place(str(role), partition, data, cache, device)
     if data is not None:
         return Place(keys.BOTH, partition, data, cache, device)
-    sources, targets = len(config.data.sources), len(config.data.targets)
+    sources, targets = config.data.source_count, len(config.data.targets)
     if partition < sources:
         return Place(keys.SOURCE, partition, data, cache, device)
     if partition < sources + targets:

@@ -20,8 +20,9 @@ from fl_wb.generators.mixture import fitting
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import keys, records
 from fl_wb.persistence.tensor_files import save_tensors, write_atomic
+from fl_wb.reporting.bars import stacked_bars
 from fl_wb.reporting.progress import progress
-from fl_wb.reporting.tables import summary_table
+from fl_wb.reporting.tables import partition_table, summary_table
 from fl_wb.reporting.tracker import Tracker
 from fl_wb.ternary import parse
 
@@ -62,6 +63,7 @@ class Results:
         self.output: Path = tracker.output
         self.sources: dict[int, dict[str, Any]] = {}
         self.targets: dict[int, dict[str, Any]] = {}
+        self.partition: Mapping[str, Mapping[int, int]] = {}
         self.ternary_bytes: list[int] = []
         self._pictures: dict[str, dict[int, Tensor]] = {}
         self._bar = progress("Barycenter")
@@ -74,6 +76,13 @@ class Results:
         if done % EVENTS == 0 or done == total:
             for name, value in losses.items():
                 self.tracker.scalar(f"merge/{name}", value, done)
+
+    def dealt(self, partition: Mapping[str, Mapping[int, int]]) -> None:
+        """Show and keep how many images of each class each node has, by the node's name."""
+        self.partition = partition
+        for line in partition_table(partition).splitlines():
+            log.info(line)
+        self.tracker.picture("partition", lambda: stacked_bars(partition))
 
     def train(self, contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
         """Aggregate the sources' metrics, and keep pictures of what they uploaded."""
@@ -136,6 +145,7 @@ class Results:
             {
                 "final": last,
                 "rounds": rounds,
+                "partition": self.partition,
                 "sources": self.sources,
                 "targets": self.targets,
                 "bytes": {

@@ -79,7 +79,7 @@ def _simulate(overrides: list[str], config: Config, output: Path) -> None:
         root = str(Path(config.data.root).expanduser().resolve()).replace("'", "\\'")
         overrides = [*overrides, f"data.root='{root}'"]
     output.mkdir(parents=True, exist_ok=True)
-    nodes = len(config.data.sources) + len(config.data.targets)
+    nodes = config.data.source_count + len(config.data.targets)
     launch(
         {"overrides": shlex.join(overrides), "output": str(output)},
         nodes=nodes,
@@ -174,7 +174,7 @@ def _check_machine(config: Config) -> None:
             inception_features()
         except (ImportError, OSError) as error:
             raise ConfigError(f"client.features=inception: {error}") from error
-    for index in range(len(config.data.sources)):
+    for index in range(config.data.source_count):
         datasets.source_samples(config.data, index)
     for index in range(len(config.data.targets)):
         datasets.target_samples(config.data, index)

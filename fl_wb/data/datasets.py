@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fl_wb.data import hub, readers
+from fl_wb.data import hub, partition, readers
+from fl_wb.data.partition import Indices, Piles
 from fl_wb.data.readers import IDX_NAME, Bytes, DataError
 
 NAMES = ("digits", "idx", "images", "hub")
-
-Indices = npt.NDArray[np.int64]
 
 # The held-out part is the same for all partition seeds: their figures stay comparable.
 SPLIT_SEED = 2101
@@ -43,7 +41,15 @@ class DataConfig:
     # Shape (c, h, w) of an image. Only needed where the nodes bring data of their own and the
     # server has none to look at; and what images of the hub are brought to.
     shape: list[int] | None = None
-    # Classes of each source node. Sources that share a class get disjoint images of it.
+    # How the sources share the training part, after the targets got their few samples: one of
+    # `partition.PARTITIONS`, which says what each is.
+    partition: str = "classes"
+    # Sources of every partition but "classes"; None: as many as `sources` lists.
+    num_sources: int | None = None
+    alpha: float = 0.5  # of "dirichlet": the smaller, the more uneven
+    per_source: int = 2  # shards ("shards") or classes ("pathological") of each source
+    # Classes of each source node, for "classes". Sources that share a class get disjoint images of
+    # it.
     sources: list[list[int]] = field(default_factory=lambda: [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
     # Classes of each target node, and how many images of each class it has.
     targets: list[list[int]] = field(default_factory=lambda: [list(range(10))])
@@ -57,6 +63,13 @@ class DataConfig:
     # Share kept for evaluation; unused where the data brings a test part of its own.
     held_out: float = 0.3
     seed: int = 0  # of the partition over the nodes; the held-out part does not depend on it
+
+    @property
+    def source_count(self) -> int:
+        """Number of source nodes, in every partition."""
+        if self.pooled or self.partition == "classes" or self.num_sources is None:
+            return len(self.sources)
+        return self.num_sources
 
 
 @dataclass(frozen=True)
@@ -135,21 +148,27 @@ def source_samples(data: DataConfig, index: int) -> Samples:
     Raises
     ------
     DataError
-        If there is no such source, it has no classes, or no image of one of its classes is left for
-        it.
+        If there is no such source, it has no classes, or no image is left for it, or for one of
+        the classes that ``data.sources`` names.
     """
     train, _ = load(data)
     node = f"data.sources[{index}]"
-    classes = _classes(data.sources, index, node)
-    parts = []
+    listed = data.pooled or data.partition == "classes"
+    classes = _classes(data.sources, index, node) if listed else []
+    if index not in range(data.source_count):
+        raise DataError(f"source {index} does not exist: there are {data.source_count}, from 0")
+    own = deal(data)[0][index]
     for label in classes:
-        part = _partition(train, label, data)[1].get(index)
-        if part is None or len(part) == 0:
+        if len(own.get(label, ())) == 0:
             raise DataError(
                 f"{node}: no training image of class {label} is left for it; {_counts(train)}"
             )
-        parts.append(part)
-    return train[np.sort(np.concatenate(parts))]
+    if not any(map(len, own.values())):
+        raise DataError(
+            f"data.partition={data.partition}: no training image is left for source {index} of "
+            f"{data.source_count}; {_counts(train)}"
+        )
+    return train[np.sort(np.concatenate(list(own.values())))]
 
 
 def target_samples(data: DataConfig, index: int) -> Samples:
@@ -171,16 +190,62 @@ def target_samples(data: DataConfig, index: int) -> Samples:
             f"{node}: data.samples_per_class={data.samples_per_class} leaves it no data; "
             "use 1 or more"
         )
-    parts = []
+    own = _few(data)[0][index]
     for label in classes:
-        part = _partition(train, label, data)[0].get(index)
-        if part is None:
+        if label not in own:
             raise DataError(
                 f"{node}: too few training images of class {label} for data.samples_per_class="
                 f"{data.samples_per_class}, after the targets before it; {_counts(train)}"
             )
-        parts.append(part)
-    return train[np.sort(np.concatenate(parts))]
+    return train[np.sort(np.concatenate(list(own.values())))]
+
+
+def deal(data: DataConfig) -> tuple[list[Piles], list[Piles]]:
+    """Return what training images of each class each source has, and each target.
+
+    Raises
+    ------
+    DataError
+        If the partition cannot be made.
+    """
+    few, rest = _few(data)
+    if data.pooled:  # everything, also what the targets have
+        rest = {
+            label: np.concatenate([*(own[label] for own in few if label in own), pile])
+            for label, pile in rest.items()
+        }
+    sources = partition.deal(
+        rest,
+        "classes" if data.pooled else data.partition,
+        data.sources,
+        data.source_count,
+        alpha=data.alpha,
+        per_source=data.per_source,
+        seed=data.seed,
+    )
+    most = data.source_samples_per_class
+    if most is not None:
+        sources = [
+            {label: pile[:count] for label, pile in own.items()}
+            for own, count in zip(sources, most, strict=True)
+        ]
+    return sources, few
+
+
+def who_has_what(data: DataConfig) -> dict[str, dict[int, int]]:
+    """Return how many training images of each class each node has, by the node's name.
+
+    Raises
+    ------
+    DataError
+        As `load` and `deal`.
+    """
+    sources, targets = deal(data)
+    return {
+        f"{role} {index}": {label: len(pile) for label, pile in sorted(own.items()) if len(pile)}
+        for role, nodes in (("source", sources), ("target", targets))
+        for index, own in enumerate(nodes)
+    }
 
 
 def held_out(data: DataConfig, classes: Iterable[int]) -> Samples:
@@ -222,32 +287,10 @@ def _counts(samples: Samples) -> str:
     return f"images by class: {there}"
 
 
-def _partition(
-    train: Samples, label: int, data: DataConfig
-) -> tuple[dict[int, Indices], dict[int, Indices]]:
-    """Deal out the training images of one class; return target -> indices and source -> indices.
-
-    Targets are served first and the sources share the rest: a target's few samples would otherwise
-    have been seen in pre-training, and adaptation would look better than it is. A target that asks
-    for more than there is gets nothing (its own call says so) rather than starving everyone else.
-    """
-    order = torch.nonzero(train.labels == label).flatten().numpy()
-    # One stream per class, so that a class is dealt out the same way whatever other classes a run
-    # uses.
-    order = np.random.default_rng([data.seed, max(label, 0)]).permutation(order)
-    targets: dict[int, Indices] = {}
-    for index, classes in enumerate(data.targets):
-        if label in classes and 0 < data.samples_per_class <= len(order):
-            targets[index], order = np.split(order, [data.samples_per_class])
-    if data.pooled:
-        order = np.concatenate([*targets.values(), order])
-    owners = [index for index, classes in enumerate(data.sources) if label in classes]
-    shares = np.array_split(order, len(owners)) if owners else []
-    most = data.source_samples_per_class
-    return targets, {
-        index: share if most is None else share[: most[index]]
-        for index, share in zip(owners, shares, strict=True)
-    }
+def _few(data: DataConfig) -> tuple[list[Piles], Piles]:
+    """Return what each target has, and what is left for the sources."""
+    there = partition.piles(load(data)[0].labels.numpy(), data.seed)
+    return partition.serve(there, data.targets, data.samples_per_class)
 
 
 @lru_cache(maxsize=4)
