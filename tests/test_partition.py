@@ -24,7 +24,7 @@ from fl_wb.data.partition import deal, piles, serve
 from fl_wb.reporting.bars import stacked_bars
 from fl_wb.reporting.tables import partition_table
 from tests.test_datasets import rows
-from tests.test_simulation import check_results, run_in_process
+from tests.test_simulation import TINY, check_results, run_in_process
 
 LABELS = np.random.default_rng(5).choice([0, 1, 2, 3, 7], size=937, p=[0.1, 0.3, 0.2, 0.15, 0.25])
 
@@ -183,7 +183,7 @@ def test_a_run_says_who_has_what(tmp_path: Path) -> None:
     setting = (*dealt.split(), "data.targets=[[0,1]]")
     run_in_process(tmp_path, *setting, nodes=4)
     found = check_results(tmp_path, *setting)
-    table = who_has_what(compose(" ".join(setting)).data)
+    table = who_has_what(compose([*TINY, *setting]).data)
     assert found["partition"] == json.loads(json.dumps(table))
     assert set(found["sources"]) == {"0", "1", "2"}
     for index in range(3):

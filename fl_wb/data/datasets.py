@@ -10,22 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fl_wb.data import hub, partition, readers
-from fl_wb.data.partition import Indices, Piles
-from fl_wb.data.readers import IDX_NAME, Bytes, DataError
+from fl_wb.data import partition, readers
+from fl_wb.data.partition import Piles
+from fl_wb.data.readers import DataError
+from fl_wb.data.samples import Samples as Samples
+from fl_wb.data.samples import folder_of, read_parts
 
 NAMES = ("digits", "idx", "images", "hub")
-
-# The held-out part is the same for all partition seeds: their figures stay comparable.
-SPLIT_SEED = 2101
 
 
 @dataclass
@@ -72,23 +68,6 @@ class DataConfig:
         return self.num_sources
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Labelled images: ``images`` (n, c, h, w) float32 in [-1, 1], ``labels`` (n,) int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor | Indices) -> Samples:
-        """Return a copy of the images that an index array or mask names."""
-        index = torch.as_tensor(index)
-        return Samples(self.images[index], self.labels[index])
-
-
 def load(data: DataConfig) -> tuple[Samples, Samples]:
     """Return the training part and the held-out part; no image is in both.
 
@@ -107,8 +86,8 @@ def load(data: DataConfig) -> tuple[Samples, Samples]:
     if not 0 < data.held_out < 1:
         raise DataError(f"data.held_out={data.held_out} must lie between 0 and 1")
     if data.name != "hub":
-        return _load(data.name, data.root, data.held_out)
-    return _load("hub", data.dataset, data.held_out, tuple(data.shape or ()), data.limit)
+        return read_parts(data.name, data.root, data.held_out)
+    return read_parts("hub", data.dataset, data.held_out, tuple(data.shape or ()), data.limit)
 
 
 def load_own(folder: str, data: DataConfig) -> tuple[Samples, Samples]:
@@ -128,9 +107,8 @@ def load_own(folder: str, data: DataConfig) -> tuple[Samples, Samples]:
     """
     if not Path(folder).is_absolute():
         raise DataError(f"data={folder!r} of a node must be an absolute folder")
-    files = Path(folder).glob("*")
-    name = "idx" if any(IDX_NAME.match(file.name) for file in files) else "images"
-    train, test = _load(name, folder, data.held_out)
+    name = "idx" if any(map(readers.is_idx, Path(folder).glob("*"))) else "images"
+    train, test = read_parts(name, folder, data.held_out)
     shape, expected = tuple(train.images.shape[1:]), image_shape(data)
     if shape != expected:
         raise DataError(f"{folder} holds images {shape}, but those of this run are {expected}")
@@ -138,8 +116,23 @@ def load_own(folder: str, data: DataConfig) -> tuple[Samples, Samples]:
 
 
 def image_shape(data: DataConfig) -> tuple[int, ...]:
-    """Return the shape (c, h, w) of a run's images, from the settings or else from the data."""
-    return tuple(data.shape) if data.shape else tuple(load(data)[0].images.shape[1:])
+    """Return the shape (c, h, w) of a run's images, from the settings or else from the data.
+
+    Of a folder, a header or a picture tells it; only the hub's data are read.
+
+    Raises
+    ------
+    DataError
+        As `load`.
+    """
+    if data.shape:
+        return tuple(data.shape)
+    if data.name == "digits":
+        return readers.DIGITS_SHAPE
+    if data.name in ("idx", "images"):
+        folder = folder_of(data.name, data.root)
+        return (readers.idx_shape if data.name == "idx" else readers.picture_shape)(folder)
+    return tuple(load(data)[0].images.shape[1:])
 
 
 def source_samples(data: DataConfig, index: int) -> Samples:
@@ -291,52 +284,3 @@ def _few(data: DataConfig) -> tuple[list[Piles], Piles]:
     """Return what each target has, and what is left for the sources."""
     there = partition.piles(load(data)[0].labels.numpy(), data.seed)
     return partition.serve(there, data.targets, data.samples_per_class)
-
-
-@lru_cache(maxsize=4)
-def _load(name: str, place: str | None, share: float, *details: Any) -> tuple[Samples, Samples]:
-    train, test = _read(name, place, share, *details)
-    return _shuffled(train), _shuffled(test)
-
-
-def _read(name: str, place: str | None, share: float, *details: Any) -> tuple[Samples, Samples]:
-    if name == "digits":
-        return _split(_to_samples(*readers.read_digits()), share)
-    if not place:
-        key, what = ("dataset", "its name") if name == "hub" else ("root", "its folder")
-        raise DataError(f"data.name={name} needs data.{key}, {what}")
-    if name == "hub":
-        return _parts([_to_samples(*part) for part in hub.read_hub(place, *details)], share)
-    folder = Path(place).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"data.root={folder} is not a folder")
-    if name == "images":
-        return _split(_to_samples(*readers.read_picture_folder(folder)), share)
-    return _parts([_to_samples(*part) for part in readers.read_idx_folder(folder)], share)
-
-
-def _parts(parts: list[Samples], share: float) -> tuple[Samples, Samples]:
-    """Return training and held-out part, of data that may bring a test part of its own."""
-    return _split(parts[0], share) if len(parts) == 1 else (parts[0], parts[1])
-
-
-def _split(samples: Samples, share: float) -> tuple[Samples, Samples]:
-    """Split into training and held-out part, class by class, always in the same way."""
-    generator = np.random.default_rng(SPLIT_SEED)
-    mask = torch.zeros(len(samples), dtype=torch.bool)
-    for label in torch.unique(samples.labels):
-        order = generator.permutation(torch.nonzero(samples.labels == label).flatten().numpy())
-        count = min(max(round(share * len(order)), 1), len(order) - 1)
-        mask[torch.from_numpy(order[:count])] = True
-    return samples[~mask], samples[mask]
-
-
-def _shuffled(samples: Samples) -> Samples:
-    # Files are sorted by class, or by writer as MNIST's test part is.
-    return samples[np.random.default_rng(SPLIT_SEED).permutation(len(samples))]
-
-
-def _to_samples(pixels: Bytes, labels: Indices, top: int = 255) -> Samples:
-    """Scale (n, c, h, w) bytes from 0 to top to [-1, 1]."""
-    images = torch.from_numpy(pixels).float().div_(top / 2).sub_(1)
-    return Samples(images, torch.from_numpy(labels))
