@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from fl_wb.adaptation import POOL, Adaptation, variation_bank
 from fl_wb.clients.fast_adaptation import FastAdaptation
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import keys, records
-from fl_wb.metrics import Evaluation, Reference
+from fl_wb.metrics import Evaluation, Reference, evenly
 from fl_wb.training.checkpoints import Snapshots
 from fl_wb.training.wgan import resample
+
+log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
 
 PICTURES = 64  # of each step, in a reply
 
@@ -79,13 +82,20 @@ def target_evaluate(
         networks["ternary"] = adaptation.ternarized(networks["adapted"])
         figures["ternarize-seconds"] = perf_counter() - began
         info[keys.TERNARY] = ternary.pack(networks["ternary"])
+    log.info(
+        "Comparing with %d of %d held-out samples", min(settings.most, len(held_out)), len(held_out)
+    )
+    held_out = evenly(held_out, settings.most)
     reference = Reference(held_out, few=few.cpu(), features=features)
     judge = _Judge(settings, reference, len(held_out), adaptation)
     steps = {"few": judge.of_real(few.cpu())}
     if settings.bank:
         pool = generate(start, POOL, seed=adaptation.seed, latent_dim=adaptation.latent_dim)
         steps["bank"] = judge.of_real(variation_bank(few.cpu(), pool, seed=adaptation.seed))
-    steps |= {step: judge.of(network) for step, network in networks.items()}
+    for step, network in networks.items():
+        began = perf_counter()
+        steps[step] = judge.of(network)
+        log.info("Compared %s, %.0f s", step, perf_counter() - began)
     for step, values in steps.items():
         figures |= {f"{step}/{name}": value for name, value in values.items()}
     if settings.snapshots:

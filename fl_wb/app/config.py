@@ -191,6 +191,7 @@ RULES: dict[str, limits.Rule] = {
     "anchor": limits.at_least(0),
     "fidelity": limits.at_least(0),
     "energy": limits.at_least(0),
+    "client.evaluation.most": limits.at_least(2),
     "client.evaluation.samples": limits.at_least(2),
     "draws": limits.at_least(1),
     "bank": limits.SWITCH,

@@ -54,8 +54,11 @@ class Evaluation:
 
     Attributes
     ----------
+    most
+        Of the held-out samples that are compared with, taken evenly from all of them. Exact W1
+        takes cubic time. On MNIST, figures of 2,000 spread by XXX over the choice of samples.
     samples
-        That a generator draws; None: as many as are held out.
+        That a generator draws; None: as many as are compared with.
     draws
         Of so many samples, whose figures are averaged.
     bank
@@ -64,10 +67,18 @@ class Evaluation:
         How often the generator is evaluated during its adaptation, for a plot of convergence.
     """
 
+    most: int = 2000
     samples: int | None = None
     draws: int = 1
     bank: bool = False
     snapshots: int = 0
+
+
+def evenly(samples: Tensor, most: int) -> Tensor:
+    """Return at most so many samples, taken evenly from all: also fair where they are sorted."""
+    if len(samples) <= most:
+        return samples
+    return samples[torch.arange(most) * len(samples) // most]
 
 
 def evaluate(
