@@ -82,10 +82,8 @@ def target_evaluate(
         networks["ternary"] = adaptation.ternarized(networks["adapted"])
         figures["ternarize-seconds"] = perf_counter() - began
         info[keys.TERNARY] = ternary.pack(networks["ternary"])
-    log.info(
-        "Comparing with %d of %d held-out samples", min(settings.most, len(held_out)), len(held_out)
-    )
-    held_out = evenly(held_out, settings.most)
+    there, held_out = len(held_out), evenly(held_out, settings.most)
+    log.info("Comparing with %d of %d held-out samples", len(held_out), there)
     reference = Reference(held_out, few=few.cpu(), features=features)
     judge = _Judge(settings, reference, len(held_out), adaptation)
     steps = {"few": judge.of_real(few.cpu())}

@@ -56,9 +56,8 @@ def seen(image: Image.Image) -> Image.Image:
 
 def is_grey(image: Image.Image) -> bool:
     """Return whether a picture has no colour, by its mode and palette alone."""
-    if image.mode in ("P", "PA") and image.palette is not None:
-        colours = np.frombuffer(image.convert("P").palette.tobytes(), np.uint8)
-        colours = colours[: len(colours) // 3 * 3].reshape(-1, 3)
+    if image.mode in ("P", "PA"):
+        colours = np.reshape(image.getpalette() or [], (-1, 3))
         return bool((colours == colours[:, :1]).all())
     return image.mode in ("1", "L", "LA", "La") or image.mode.startswith(("I", "F"))
 

@@ -55,8 +55,10 @@ class Evaluation:
     Attributes
     ----------
     most
-        Of the held-out samples that are compared with, taken evenly from all of them. Exact W1
-        takes cubic time. On MNIST, figures of 2,000 spread by XXX over the choice of samples.
+        Of the held-out samples that are compared with, taken evenly from all of them: exact W1
+        takes cubic time. Over the choice of 2,000 of MNIST's, W1 spreads by 0.3%, the energy
+        distance by 1.3% and coverage by 0.016 (``python -m benchmarks.sample_sizes``); of 500 by
+        two to three times as much in W1 and energy, and 4,000 take four times as long.
     samples
         That a generator draws; None: as many as are compared with.
     draws
