@@ -60,7 +60,7 @@ class Group:
 
     def rows(self, count: int) -> list[str]:
         """Return the overrides of each run with so many samples a class, in the order to run."""
-        sources = range(len(compose(f"experiment={self.experiment}").data.sources))
+        sources = range(compose(f"experiment={self.experiment}").data.source_count)
         transfers = [f"strategy=transfer strategy.source={k}" for k in sources]
         fedavg, ensemble = "strategy=fedavg", "strategy=ensemble"
         edge, ours = "strategy=edge_only", "strategy=adaptive_coalescence"
@@ -122,7 +122,7 @@ class Group:
             shutil.copytree(self.trained[made], output / "barycenter", dirs_exist_ok=True)
         settings = {"overrides": overrides, "output": str(output)}
         grid = InProcessGrid(client_app, run_config=settings)
-        nodes = len(config.data.sources) + len(config.data.targets)
+        nodes = config.data.source_count + len(config.data.targets)
         for node in range(nodes):
             cache = str(self.folder / "sources")
             grid.add({"partition-id": node, "num-partitions": nodes, "cache": cache})

@@ -81,7 +81,7 @@ class Bench:
     def sources(self) -> list[nn.Module]:
         """Train every source's generator with the shipped settings."""
         trained = []
-        for k in range(len(self.config.data.sources)):
+        for k in range(self.config.data.source_count):
             torch.manual_seed(1000 * self.seed + k)
             samples = datasets.source_samples(self.config.data, k).images
             trained.append(

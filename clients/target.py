@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from statistics import fmean
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,10 +27,12 @@ from fl_wb.clients.fast_adaptation import make_own, own_samples, received
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import keys, records
 from fl_wb.messages.replies import PICTURES
-from fl_wb.metrics import Evaluation, Reference
+from fl_wb.metrics import Evaluation, Reference, evenly
 from fl_wb.ternary import Ternarization
 from fl_wb.training.checkpoints import Snapshots
 from fl_wb.training.wgan import resample
+
+log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
 
 
 def target_evaluate(
@@ -107,6 +111,8 @@ def target_evaluate(
         figures["ternarize-seconds"] = made.ternarize_seconds
         info[keys.TERNARY] = ternary.pack(made.ternary)
     few = few.cpu()
+    there, held_out = len(held_out), evenly(held_out, settings.most)
+    log.info("Comparing with %d of %d held-out samples", len(held_out), there)
     judge = _Judge(
         settings, Reference(held_out, few=few, features=features), len(held_out), latent_dim, seed
     )
@@ -114,7 +120,10 @@ def target_evaluate(
     if settings.bank:
         pool = generate(start, POOL, seed=seed, latent_dim=latent_dim)
         steps["bank"] = judge.of_real(variation_bank(few, pool, seed=seed))
-    steps |= {step: judge.of(network) for step, network in networks.items()}
+    for step, network in networks.items():
+        began = perf_counter()
+        steps[step] = judge.of(network)
+        log.info("Compared %s, %.0f s", step, perf_counter() - began)
     for step, values in steps.items():
         figures |= {f"{step}/{name}": value for name, value in values.items()}
     if settings.snapshots:

@@ -118,7 +118,7 @@ def evaluate(message: Message, context: Context) -> Message:
         features=features,
         evaluation=config.client.evaluation,
         send_few=config.client.send_few_pictures,
-        seed=_seed(config, len(config.data.sources) + node.index),
+        seed=_seed(config, config.data.source_count + node.index),
         device=node.device,
     )
     content.config_records[keys.INFO].update(_said(node))
@@ -162,7 +162,7 @@ def place(context: Context, config: Config) -> Place:
         return Place(str(role), partition, number, data, cache, device)
     if data is not None:
         return Place(keys.BOTH, partition, number, data, cache, device)
-    sources, targets = len(config.data.sources), len(config.data.targets)
+    sources, targets = config.data.source_count, len(config.data.targets)
     if partition < sources:
         return Place(keys.SOURCE, partition, number, data, cache, device)
     if partition < sources + targets:

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result
 from fl_wb.app.config import Config, from_run_config, new_folder
 from fl_wb.app.factories import factories, seeded
 from fl_wb.app.results import Results
+from fl_wb.data import datasets
 from fl_wb.messages import records
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.reporting.tracker import Tracker
@@ -48,8 +49,11 @@ def main(grid: Grid, context: Context) -> None:
     results = Results(tracker, config, generator, str(context.run_config.get("overrides", "")))
     log(INFO, "Results go to %s", output)
     try:
+        if config.superlink is None and (config.data.shape is None or config.data.name == "hub"):
+            # Of nodes elsewhere, with data of their own, nothing is known here.
+            results.dealt(datasets.who_has_what(config.data))
         strategy = make_strategy(config, results)
-        wait_for_nodes(grid, config.nodes or len(config.data.sources) + len(config.data.targets))
+        wait_for_nodes(grid, config.nodes or config.data.source_count + len(config.data.targets))
         try:
             result = strategy.start(
                 grid=grid,
@@ -119,8 +123,8 @@ def wait_for_nodes(grid: Grid, number: int) -> None:
         simulated = type(grid).__name__ == "InMemoryGrid"
         if simulated and monotonic() - began > SIMULATION_SECONDS:
             raise RuntimeError(
-                f"this simulation has {connected} nodes, and its configuration {number} (each of "
-                "data.sources and data.targets is one); run it with `fl-wb`, or give `flwr run` "
+                f"this simulation has {connected} nodes, and its configuration {number} (each "
+                "source and each target is one); run it with `fl-wb`, or give `flwr run` "
                 f'--federation-config "num-supernodes={number} client-resources-num-cpus=1"'
             )
         log(INFO, "Waiting for nodes: %d of %d are connected", connected, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import nn
 from fl_wb.barycenter import recursive_barycenter
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
+from fl_wb.training.distillation import Distillation
 from tests.toys import (
     STAGE,
     critic,
@@ -245,3 +247,143 @@ def test_the_critic_has_a_default_and_settings_have_short_forms() -> None:
     coalescence = strategy(critic=None, geodesic="two_critics", iterations=7, callback=counter)
     start(coalescence, InProcessGrid(app(), nodes=2))
     assert counter.iterations == 7 + STAGE.training.iterations
+
+
+# what nodes go on from
+
+
+def rounds_of(
+    continue_from: str, rounds: int = 2, **arguments: Any
+) -> tuple[dict[tuple[int, int], ArrayRecord], Result]:
+    """Run with nodes 11 and 12, and 13 from round 2 on; return what each was sent, by round."""
+    made, sent = ClientApp(), {}
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        server_round = message.content["config"]["server-round"]
+        sent[server_round, context.node_id] = message.content["arrays"]
+        return reply(message, ArrayRecord(seeded_state(100 * server_round + context.node_id)))
+
+    evaluates(made)
+    grid = InProcessGrid(made, nodes=2)
+
+    def join(messages: list[Message]) -> None:
+        if (1, 12) in sent and 13 not in grid.nodes:
+            grid.add({}, node_id=13)
+
+    grid.before_send = join
+    return sent, start(strategy(continue_from=continue_from, **arguments), grid, rounds)
+
+
+def test_a_node_goes_on_from_its_own_upload_and_a_newcomer_from_the_barycenter() -> None:
+    sent, result = rounds_of("own", rounds=3)
+    assert same(sent[1, 11], initial_arrays())
+    assert same(sent[2, 11], ArrayRecord(seeded_state(111)))
+    assert same(sent[3, 12], ArrayRecord(seeded_state(212)))
+    assert same(sent[3, 13], ArrayRecord(seeded_state(213)))
+    first_round = rounds_of("barycenter", rounds=1)[1].arrays
+    assert same(sent[2, 13], first_round)
+    assert not same(result.arrays, first_round)
+
+
+def test_nodes_go_on_from_the_barycenter_if_asked_to() -> None:
+    sent, _ = rounds_of("barycenter")
+    assert same(sent[2, 11], sent[2, 12]) and same(sent[2, 11], sent[2, 13])
+    assert same(sent[2, 11], rounds_of("barycenter", rounds=1)[1].arrays)
+
+
+def test_nodes_go_on_from_the_average_if_asked_to() -> None:
+    sent, _ = rounds_of("average")
+    assert same(sent[2, 11], sent[2, 13])
+    for name, value in sent[2, 11].to_torch_state_dict().items():
+        mean = (seeded_state(111)[name].double() + seeded_state(112)[name].double()) / 2
+        torch.testing.assert_close(value.double(), mean, atol=1e-6, rtol=0)
+
+
+def test_what_nodes_go_on_from_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match="continue_from='last' is not one of own, average, bary"):
+        strategy(continue_from="last")
+
+
+@pytest.mark.parametrize(("evaluate_fn", "stages"), [(None, 1), (lambda *_: None, 3)])
+def test_a_round_whose_model_nobody_gets_merges_nothing(evaluate_fn: Any, stages: int) -> None:
+    counter, made = Counter(), ClientApp()
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        server_round = message.content["config"]["server-round"]
+        return reply(message, ArrayRecord(seeded_state(100 * server_round + context.node_id)))
+
+    result = strategy(fraction_evaluate=0.0, callback=counter).start(
+        grid=InProcessGrid(made, nodes=2),
+        initial_arrays=initial_arrays(),
+        num_rounds=3,
+        evaluate_fn=evaluate_fn,
+    )
+    shorter = 4 / 5  # a stage that starts at the barycenter of the round before
+    assert counter.stages == pytest.approx(1 + shorter * (stages - 1))
+    assert not same(result.arrays, initial_arrays())
+
+
+@pytest.mark.parametrize(("max_age", "merged"), [(None, [2, 2, 2]), (0, [2, 1, 1]), (1, [2, 2, 1])])
+def test_old_uploads_count_as_long_as_they_may(max_age: int | None, merged: list[int]) -> None:
+    # Prepare: node 12 trains in the first round alone
+    made = ClientApp()
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        server_round = message.content["config"]["server-round"]
+        if server_round > 1 and context.node_id == 12:
+            raise RuntimeError("busy")
+        return reply(message, ArrayRecord(seeded_state(100 * server_round + context.node_id)))
+
+    # Execute
+    result = start(strategy(max_age=max_age), InProcessGrid(made, nodes=2), rounds=3)
+
+    # Assert
+    found = [result.train_metrics_clientapp[r]["uploads-merged"] for r in (1, 2, 3)]
+    assert found == merged
+
+
+class Mined(nn.Module):
+    """Finite weights, and yet samples that are not, far from the origin of the latents."""
+
+    latent_dim = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+        self.mine = nn.Parameter(torch.zeros(1))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        samples: torch.Tensor = self.net(z)
+        return samples + (self.mine * (z[:, :1] > 3.3) * 1e38) * 1e38
+
+
+def test_an_upload_that_spoils_the_merge_is_dropped_and_the_rest_is_merged() -> None:
+    # Prepare
+    made = ClientApp()
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(context.node_id)
+            network = Mined()
+        if context.node_id == 12:
+            network.mine.data.fill_(1.0)
+        return reply(message, ArrayRecord(dict(network.state_dict())))
+
+    stage = replace(STAGE, distillation=Distillation(iterations=700, batch_size=32))
+    coalescence = AdaptiveCoalescence(generator=Mined, stage=stage)
+
+    # Execute
+    result = coalescence.start(
+        grid=InProcessGrid(made, nodes=3),
+        initial_arrays=ArrayRecord(dict(Mined().state_dict())),
+        num_rounds=1,
+    )
+
+    # Assert
+    metrics = result.train_metrics_clientapp[1]
+    assert (metrics["uploads-merged"], metrics["uploads-dropped"]) == (2, 1)
+    assert result.arrays

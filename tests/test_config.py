@@ -161,9 +161,12 @@ def test_hydra_may_be_initialised_already() -> None:
         ("device=gpu", "device='gpu' must be cpu, mps, cuda, or one CUDA device"),
         ("data=mnist", "data.root must be given"),
         # settings that contradict each other
-        ("strategy=transfer strategy.source=2", "source=2 must be less than 2, the number of data"),
+        (
+            "strategy=transfer strategy.source=2",
+            "source=2 must be less than 2, the number of sources",
+        ),
         ("strategy.critic=true", "strategy.critic=true is for strategy=transfer"),
-        ("data.source_samples_per_class=[9]", "one number for each of the 2 data.sources"),
+        ("data.source_samples_per_class=[9]", "one number for each of the 2 sources"),
         ("data.source_samples_per_class=[9,0]", "a list with one number, 1 or more, for each"),
         ("client.ternarize=often", "client.ternarize=often must be true or false"),
         # no overrides at all

@@ -8,6 +8,8 @@ import json
 import random
 import tracemalloc
 from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from flwr.app import Array, ArrayRecord
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import fuzz
 from fl_wb.generators.networks import MLPGenerator
 from fl_wb.messages import records
 from fl_wb.ternary import numpy_reader, packing, ternarize
@@ -143,3 +146,10 @@ def test_any_upload(data: bytes, dtype: str, shape: list[int]) -> None:
     validate(data)
     validate(b"\x93NUMPY\1\0" + data, dtype)
     validate(data, dtype, tuple(shape))
+
+
+def test_mutated_pictures_and_idx_files_are_read_or_refused(tmp_path: Path) -> None:
+    before = fuzz.memory()
+    outcomes = list(islice(fuzz.attack(tmp_path, random.Random(2)), 1500))
+    assert 0 < sum(outcomes) < len(outcomes)
+    assert fuzz.memory() - before < 600e6

@@ -18,6 +18,7 @@ from fl_wb.metrics import (
     density,
     energy_distance,
     evaluate,
+    evenly,
     features,
     frechet_distance,
     kernel_distance,
@@ -264,3 +265,9 @@ def test_without_torch_fidelity_the_extra_is_named(monkeypatch):
     features.inception_features.cache_clear()
     with pytest.raises(ConfigError, match=r'inception: .* pip install "fl-wb\[inception\]"'):
         check(compose("client.features=inception"))
+
+
+def test_of_many_samples_some_are_taken_evenly() -> None:
+    samples = torch.arange(10.0)[:, None]
+    assert evenly(samples, 4).flatten().tolist() == [0, 2, 5, 7]
+    assert evenly(samples, 10) is samples

@@ -80,7 +80,7 @@ class StrategyConfig(Settings):
         "adaptive_coalescence", or a baseline: "fedavg" (Flower's own), "transfer" (one source's
         generator), "ensemble" (all of them, pooled), "edge_only" (a fresh network).
     source
-        Whose generator "transfer" hands on: its number in data.sources.
+        Whose generator "transfer" hands on: its number among the sources.
     critic
         Whether "transfer" hands on that source's critic, too, with which a target then begins.
     stage
@@ -156,7 +156,7 @@ class Config(Settings):
         Name of a connection in Flower's configuration, to run on its SuperLink and SuperNodes;
         None: a simulation.
     nodes
-        How many to wait for; None: one for each of data.sources and data.targets.
+        How many to wait for; None: one for each source and each target.
     timeout
         Seconds that nodes have to answer in a round; who is later is left out of it.
     data, network, strategy, client
@@ -265,20 +265,25 @@ def _completed(config: Config) -> Config:
     data, number = config.data, config.strategy.source
     if data.pooled:
         data.sources = [sorted({label for classes in data.targets for label in classes})]
-    if number >= len(data.sources):
+    if data.partition == "classes" and data.num_sources is not None:
         raise ConfigError(
-            f"strategy.source={number} must be less than {len(data.sources)}, the number of "
-            "data.sources: they are counted from 0"
+            f"data.num_sources={data.num_sources} is for the other partitions; of "
+            "data.partition=classes there are as many sources as data.sources lists"
+        )
+    if number >= data.source_count:
+        raise ConfigError(
+            f"strategy.source={number} must be less than {data.source_count}, the number of "
+            "sources: they are counted from 0"
         )
     if config.strategy.critic and config.strategy.name != "transfer":
         raise ConfigError(
             "strategy.critic=true is for strategy=transfer: the others have no single source's"
         )
     sizes = data.source_samples_per_class
-    if sizes is not None and len(sizes) != len(data.sources):
+    if sizes is not None and len(sizes) != data.source_count:
         raise ConfigError(
             f"data.source_samples_per_class={sizes} must have one number for each of the "
-            f"{len(data.sources)} data.sources"
+            f"{data.source_count} sources"
         )
     return config
 

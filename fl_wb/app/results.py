@@ -22,8 +22,9 @@ from fl_wb.generators.mixture import fitting
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import records, replies
 from fl_wb.persistence.tensor_files import save_tensors, write_atomic
+from fl_wb.reporting.bars import stacked_bars
 from fl_wb.reporting.progress import progress
-from fl_wb.reporting.tables import summary_table
+from fl_wb.reporting.tables import partition_table, summary_table
 from fl_wb.reporting.tracker import Tracker
 from fl_wb.ternary import parse
 
@@ -65,6 +66,7 @@ class Results:
         name = config.strategy.name
         self.model = "barycenter" if name == "adaptive_coalescence" else name
         self.output: Path = tracker.output
+        self.partition: Mapping[str, Mapping[int, int]] = {}
         self.sources: dict[str, dict[str, Any]] = {}
         self.targets: dict[str, dict[str, Any]] = {}
         self.left_out: Counter[str] = Counter()  # parts of replies, by node
@@ -85,6 +87,13 @@ class Results:
         if done % EVENTS == 0 or done == total:
             for name, value in losses.items():
                 self.tracker.scalar(f"merge/{name}", value, done)
+
+    def dealt(self, partition: Mapping[str, Mapping[int, int]]) -> None:
+        """Show and keep how many images of each class each node has, by the node's name."""
+        self.partition = partition
+        for line in partition_table(partition).splitlines():
+            log.info(line)
+        self.tracker.picture("partition", lambda: stacked_bars(partition))
 
     def train(self, server_round: int, contents: Mapping[int, RecordDict]) -> None:
         """Keep the sources' figures, and pictures of what they uploaded."""
@@ -166,6 +175,7 @@ class Results:
             {
                 "final": last,
                 "rounds": rounds,
+                "partition": self.partition,
                 "sources": self.sources,
                 "targets": self.targets,
                 "bytes": {

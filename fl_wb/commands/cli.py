@@ -106,7 +106,7 @@ def _simulate(config: Config, overrides: Sequence[str]) -> None:
     run_config = to_run_config(config, overrides)
     output = Path(run_config["output"])
     output.mkdir(parents=True, exist_ok=True)
-    nodes = len(config.data.sources) + len(config.data.targets)
+    nodes = config.data.source_count + len(config.data.targets)
     launch(
         run_config,
         nodes=nodes,
@@ -201,7 +201,7 @@ def _check_machine(config: Config) -> None:
             inception_features()
         except (ImportError, OSError) as error:
             raise ConfigError(f"client.features=inception: {error}") from error
-    for index in range(len(config.data.sources)):
+    for index in range(config.data.source_count):
         datasets.source_samples(config.data, index)
     for index in range(len(config.data.targets)):
         datasets.target_samples(config.data, index)

@@ -10,25 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from fl_wb.data import hub, readers
-from fl_wb.data.readers import IDX_NAME, Bytes, DataError
+from fl_wb.data import partition, readers
+from fl_wb.data.partition import PARTITIONS, Piles
+from fl_wb.data.readers import DataError
+from fl_wb.data.samples import Samples as Samples
+from fl_wb.data.samples import folder_of, read_parts
 from fl_wb.settings import Rule, Settings, above, at_least, one_of
 
 NAMES = ("digits", "idx", "images", "hub")
-
-Indices = npt.NDArray[np.int64]
-
-# The held-out part is the same for all partition seeds: their figures stay comparable.
-SPLIT_SEED = 2101
 
 
 CLASSES = Rule(
@@ -55,7 +50,16 @@ class DataConfig(Settings):
     # Shape (c, h, w) of an image. Only needed where the nodes bring data of their own and the
     # server has none to look at; and what images of the hub are brought to.
     shape: Annotated[list[int], SHAPE] | None = None
-    # Classes of each source node. Sources that share a class get disjoint images of it.
+    # How the sources share the training part, after the targets got their few samples: one of
+    # `partition.PARTITIONS`, which says what each is.
+    partition: Annotated[str, one_of(*PARTITIONS)] = "classes"
+    # Sources of every partition but "classes"; None: as many as `sources` lists.
+    num_sources: Annotated[int, at_least(1)] | None = None
+    alpha: Annotated[float, above(0)] = 0.5  # of "dirichlet": the smaller, the more uneven
+    # shards ("shards") or classes ("pathological") of each source
+    per_source: Annotated[int, at_least(1)] = 2
+    # Classes of each source node, for "classes". Sources that share a class get disjoint images of
+    # it.
     sources: Annotated[list[list[int]], CLASSES] = field(
         default_factory=lambda: [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     )
@@ -72,22 +76,12 @@ class DataConfig(Settings):
     held_out: Annotated[float, above(0, below=1)] = 0.3
     seed: Annotated[int, at_least(0)] = 0  # of the partition; the held-out part is always the same
 
-
-@dataclass(frozen=True)
-class Samples:
-    """Labelled images: ``images`` (n, c, h, w) float32 in [-1, 1], ``labels`` (n,) int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.images)
-
-    def __getitem__(self, index: Tensor | Indices) -> Samples:
-        """Return a copy of the images that an index array or mask names."""
-        index = torch.as_tensor(index)
-        return Samples(self.images[index], self.labels[index])
+    @property
+    def source_count(self) -> int:
+        """Number of source nodes, in every partition."""
+        if self.pooled or self.partition == "classes" or self.num_sources is None:
+            return len(self.sources)
+        return self.num_sources
 
 
 def load(data: DataConfig) -> tuple[Samples, Samples]:
@@ -104,8 +98,8 @@ def load(data: DataConfig) -> tuple[Samples, Samples]:
         If the data is not there or damaged.
     """
     if data.name != "hub":
-        return _load(data.name, data.root, data.held_out)
-    return _load("hub", data.dataset, data.held_out, tuple(data.shape or ()), data.limit)
+        return read_parts(data.name, data.root, data.held_out)
+    return read_parts("hub", data.dataset, data.held_out, tuple(data.shape or ()), data.limit)
 
 
 def load_own(folder: str, data: DataConfig) -> tuple[Samples, Samples]:
@@ -125,9 +119,8 @@ def load_own(folder: str, data: DataConfig) -> tuple[Samples, Samples]:
     """
     if not Path(folder).is_absolute():
         raise DataError(f"data={folder!r} of a node must be an absolute folder")
-    files = Path(folder).glob("*")
-    name = "idx" if any(IDX_NAME.match(file.name) for file in files) else "images"
-    train, test = _load(name, folder, data.held_out)
+    name = "idx" if any(map(readers.is_idx, Path(folder).glob("*"))) else "images"
+    train, test = read_parts(name, folder, data.held_out)
     shape, expected = tuple(train.images.shape[1:]), image_shape(data)
     if shape != expected:
         raise DataError(f"{folder} holds images {shape}, but those of this run are {expected}")
@@ -135,8 +128,23 @@ def load_own(folder: str, data: DataConfig) -> tuple[Samples, Samples]:
 
 
 def image_shape(data: DataConfig) -> tuple[int, ...]:
-    """Return the shape (c, h, w) of a run's images, from the settings or else from the data."""
-    return tuple(data.shape) if data.shape else tuple(load(data)[0].images.shape[1:])
+    """Return the shape (c, h, w) of a run's images, from the settings or else from the data.
+
+    Of a folder, a header or a picture tells it; only the hub's data are read.
+
+    Raises
+    ------
+    DataError
+        As `load`.
+    """
+    if data.shape:
+        return tuple(data.shape)
+    if data.name == "digits":
+        return readers.DIGITS_SHAPE
+    if data.name in ("idx", "images"):
+        folder = folder_of(data.name, data.root)
+        return (readers.idx_shape if data.name == "idx" else readers.picture_shape)(folder)
+    return tuple(load(data)[0].images.shape[1:])
 
 
 def source_samples(data: DataConfig, index: int) -> Samples:
@@ -145,20 +153,27 @@ def source_samples(data: DataConfig, index: int) -> Samples:
     Raises
     ------
     DataError
-        If there is no such source, or no image of one of its classes is left for it.
+        If there is no such source, or no image is left for it, or for one of the classes that
+        ``data.sources`` names.
     """
     train, _ = load(data)
     node = f"data.sources[{index}]"
-    classes = _classes(data.sources, index, node)
-    parts = []
+    listed = data.pooled or data.partition == "classes"
+    classes = _classes(data.sources, index, node) if listed else []
+    if index not in range(data.source_count):
+        raise DataError(f"source {index} does not exist: there are {data.source_count}, from 0")
+    own = deal(data)[0][index]
     for label in classes:
-        part = _partition(train, label, data)[1].get(index)
-        if part is None or len(part) == 0:
+        if len(own.get(label, ())) == 0:
             raise DataError(
                 f"{node}: no training image of class {label} is left for it; {_counts(train)}"
             )
-        parts.append(part)
-    return train[np.sort(np.concatenate(parts))]
+    if not any(map(len, own.values())):
+        raise DataError(
+            f"data.partition={data.partition}: no training image is left for source {index} of "
+            f"{data.source_count}; {_counts(train)}"
+        )
+    return train[np.sort(np.concatenate(list(own.values())))]
 
 
 def target_samples(data: DataConfig, index: int) -> Samples:
@@ -175,16 +190,62 @@ def target_samples(data: DataConfig, index: int) -> Samples:
     train, _ = load(data)
     node = f"data.targets[{index}]"
     classes = _classes(data.targets, index, node)
-    parts = []
+    own = _few(data)[0][index]
     for label in classes:
-        part = _partition(train, label, data)[0].get(index)
-        if part is None:
+        if label not in own:
             raise DataError(
                 f"{node}: too few training images of class {label} for data.samples_per_class="
                 f"{data.samples_per_class}, after the targets before it; {_counts(train)}"
             )
-        parts.append(part)
-    return train[np.sort(np.concatenate(parts))]
+    return train[np.sort(np.concatenate(list(own.values())))]
+
+
+def deal(data: DataConfig) -> tuple[list[Piles], list[Piles]]:
+    """Return what training images of each class each source has, and each target.
+
+    Raises
+    ------
+    DataError
+        If the partition cannot be made.
+    """
+    few, rest = _few(data)
+    if data.pooled:  # everything, also what the targets have
+        rest = {
+            label: np.concatenate([*(own[label] for own in few if label in own), pile])
+            for label, pile in rest.items()
+        }
+    sources = partition.deal(
+        rest,
+        "classes" if data.pooled else data.partition,
+        data.sources,
+        data.source_count,
+        alpha=data.alpha,
+        per_source=data.per_source,
+        seed=data.seed,
+    )
+    most = data.source_samples_per_class
+    if most is not None:
+        sources = [
+            {label: pile[:count] for label, pile in own.items()}
+            for own, count in zip(sources, most, strict=True)
+        ]
+    return sources, few
+
+
+def who_has_what(data: DataConfig) -> dict[str, dict[int, int]]:
+    """Return how many training images of each class each node has, by the node's name.
+
+    Raises
+    ------
+    DataError
+        As `load` and `deal`.
+    """
+    sources, targets = deal(data)
+    return {
+        f"{role} {index}": {label: len(pile) for label, pile in sorted(own.items()) if len(pile)}
+        for role, nodes in (("source", sources), ("target", targets))
+        for index, own in enumerate(nodes)
+    }
 
 
 def held_out(data: DataConfig, classes: Iterable[int]) -> Samples:
@@ -223,78 +284,7 @@ def _counts(samples: Samples) -> str:
     return f"images by class: {there}"
 
 
-def _partition(
-    train: Samples, label: int, data: DataConfig
-) -> tuple[dict[int, Indices], dict[int, Indices]]:
-    """Deal out the training images of one class; return target -> indices and source -> indices.
-
-    Targets are served first and the sources share the rest: a target's few samples would otherwise
-    have been seen in pre-training, and adaptation would look better than it is. A target that asks
-    for more than there is gets nothing (its own call says so) rather than starving everyone else.
-    """
-    order = torch.nonzero(train.labels == label).flatten().numpy()
-    # One stream per class, so that a class is dealt out the same way whatever other classes a run
-    # uses.
-    order = np.random.default_rng([data.seed, label]).permutation(order)
-    targets: dict[int, Indices] = {}
-    for index, classes in enumerate(data.targets):
-        if label in classes and data.samples_per_class <= len(order):
-            targets[index], order = np.split(order, [data.samples_per_class])
-    if data.pooled:
-        order = np.concatenate([*targets.values(), order])
-    owners = [index for index, classes in enumerate(data.sources) if label in classes]
-    shares = np.array_split(order, len(owners)) if owners else []
-    most = data.source_samples_per_class
-    return targets, {
-        index: share if most is None else share[: most[index]]
-        for index, share in zip(owners, shares, strict=True)
-    }
-
-
-@lru_cache(maxsize=4)
-def _load(name: str, place: str | None, share: float, *details: Any) -> tuple[Samples, Samples]:
-    train, test = _read(name, place, share, *details)
-    return _shuffled(train), _shuffled(test)
-
-
-def _read(name: str, place: str | None, share: float, *details: Any) -> tuple[Samples, Samples]:
-    if name == "digits":
-        return _split(_to_samples(*readers.read_digits()), share)
-    if not place:
-        key, what = ("dataset", "its name") if name == "hub" else ("root", "its folder")
-        raise DataError(f"data.name={name} needs data.{key}, {what}")
-    if name == "hub":
-        return _parts([_to_samples(*part) for part in hub.read_hub(place, *details)], share)
-    folder = Path(place).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"data.root={folder} is not a folder")
-    if name == "images":
-        return _split(_to_samples(*readers.read_picture_folder(folder)), share)
-    return _parts([_to_samples(*part) for part in readers.read_idx_folder(folder)], share)
-
-
-def _parts(parts: list[Samples], share: float) -> tuple[Samples, Samples]:
-    """Return training and held-out part, of data that may bring a test part of its own."""
-    return _split(parts[0], share) if len(parts) == 1 else (parts[0], parts[1])
-
-
-def _split(samples: Samples, share: float) -> tuple[Samples, Samples]:
-    """Split into training and held-out part, class by class, always in the same way."""
-    generator = np.random.default_rng(SPLIT_SEED)
-    mask = torch.zeros(len(samples), dtype=torch.bool)
-    for label in torch.unique(samples.labels):
-        order = generator.permutation(torch.nonzero(samples.labels == label).flatten().numpy())
-        count = min(max(round(share * len(order)), 1), len(order) - 1)
-        mask[torch.from_numpy(order[:count])] = True
-    return samples[~mask], samples[mask]
-
-
-def _shuffled(samples: Samples) -> Samples:
-    # Files are sorted by class, or by writer as MNIST's test part is.
-    return samples[np.random.default_rng(SPLIT_SEED).permutation(len(samples))]
-
-
-def _to_samples(pixels: Bytes, labels: Indices, top: int = 255) -> Samples:
-    """Scale (n, c, h, w) bytes from 0 to top to [-1, 1]."""
-    images = torch.from_numpy(pixels).float().div_(top / 2).sub_(1)
-    return Samples(images, torch.from_numpy(labels))
+def _few(data: DataConfig) -> tuple[list[Piles], Piles]:
+    """Return what each target has, and what is left for the sources."""
+    there = partition.piles(load(data)[0].labels.numpy(), data.seed)
+    return partition.serve(there, data.targets, data.samples_per_class)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import ImageOps
 
-from fl_wb.data.readers import Bytes, DataError, Labels
+from fl_wb.data.pictures import Bytes, DataError, Labels, Stack, seen
 
 TEST_SPLITS = ("test", "validation", "valid")
 
@@ -88,19 +89,22 @@ def _column(part: Any, kind: str) -> str | None:
 
 
 def _stack(pictures: Iterable[Any], dataset: str, shape: Sequence[int]) -> Bytes:
-    from PIL import ImageOps
-
-    arrays = []
-    for picture in pictures:
-        grey = shape[0] == 1 if shape else picture.mode in ("1", "L", "LA", "I", "I;16", "F")
-        picture = picture.convert("L" if grey else "RGB")
+    stack = Stack()
+    for number, picture in enumerate(pictures):
+        name = f"data.dataset={dataset!r}: image {number}"
+        try:
+            image = seen(picture)
+        except Exception as error:  # Pillow's decoders have exceptions of their own
+            raise DataError(f"{name} cannot be read: {error}") from error
         if shape:
-            picture = ImageOps.fit(picture, (shape[2], shape[1]))
-        pixels = np.asarray(picture, np.uint8)
-        arrays.append(pixels[None] if grey else pixels.transpose(2, 0, 1))
-    if len({array.shape for array in arrays}) != 1:
-        raise DataError(
-            f"data.dataset={dataset!r} has images of several sizes: set data.shape, such as "
-            "[3,32,32], to bring them to one"
-        )
-    return np.stack(arrays)
+            image = image.convert("L" if shape[0] == 1 else "RGB")
+            image = ImageOps.fit(image, (shape[2], shape[1]))
+        pixels = np.asarray(image)
+        try:
+            stack.add(name, pixels.reshape(*pixels.shape[:2], -1))
+        except DataError as error:
+            raise DataError(
+                f"{error}: data.dataset={dataset!r} has images of several sizes: set data.shape, "
+                "such as [3,32,32], to bring them to one"
+            ) from error
+    return stack.done()

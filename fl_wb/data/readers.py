@@ -7,24 +7,54 @@ with the file's name.
 from __future__ import annotations
 
 import gzip
+import logging
+import math
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
-Bytes = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
+from fl_wb.data.folders import (
+    TEST,
+    TRAINING,
+    is_litter,
+    picture_shape,
+    read_picture_folder,
+    read_picture_folders,
+)
+from fl_wb.data.pictures import MOST_BYTES, Bytes, DataError, Labels
 
-IDX_NAME = re.compile(r"^(?P<prefix>.*?)[-_.]?(?P<kind>images|labels)[-.]idx[13]-ubyte(?:\.gz)?$")
-PICTURES = (".png", ".jpg", ".jpeg")
+__all__ = [
+    "Bytes",
+    "DataError",
+    "Labels",
+    "idx_shape",
+    "is_idx",
+    "picture_shape",
+    "read_digits",
+    "read_idx",
+    "read_idx_folder",
+    "read_picture_folder",
+    "read_picture_folders",
+]
+
+log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
+
+IDX_NAME = re.compile(
+    r"^(?P<prefix>.*?)[-_.]?(?P<kind>images|labels)[-.]idx\d-(?:u?byte|short|int|float|double)"
+    r"(?:\.gz)?$",
+    re.IGNORECASE,
+)
+IDX_TYPES = {8: "bytes", 9: "signed bytes", 11: "16-bit integers", 12: "32-bit integers",
+             13: "32-bit floats", 14: "64-bit floats"}  # fmt: skip
+DIGITS_SHAPE = (1, 8, 8)
 CHUNK = 1 << 20
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the text names the file, node or class and what is allowed."""
+# What a .gz may grow to: images of a data set take about a fifth, of blank paper more.
+GROWTH, FREE = 32, 1 << 26
 
 
 def read_digits() -> tuple[Bytes, Labels, int]:
@@ -35,27 +65,58 @@ def read_digits() -> tuple[Bytes, Labels, int]:
     return digits.images[:, None].astype(np.uint8), digits.target.astype(np.int64), 16
 
 
+def is_idx(path: Path) -> bool:
+    """Return whether a file's name is that of an IDX file of images or labels."""
+    return not is_litter(path.name) and bool(IDX_NAME.match(path.name))
+
+
 def read_idx_folder(folder: Path) -> list[tuple[Bytes, Labels]]:
     """Read one pair of IDX files, or a training and a test pair, in this order.
 
-    A pair is a test pair if its names contain ``t10k`` or ``test``.
+    Of two pairs, the words in their names tell which is which: ``train`` and ``t10k`` or ``test``,
+    as words of their own. One such name is enough, then the other pair is the other part. Of one
+    file plain and as ``.gz``, the plain one is read.
 
     Returns
     -------
     list[tuple[Bytes, Labels]]
-        Images (n, 1, h, w) and labels (n,) of each pair.
+        Images (n, c, h, w) and labels (n,) of each pair.
 
     Raises
     ------
     DataError
         If there is no pair, half a pair, more than one data set, or a damaged file.
     """
+    parts = [_idx_pair(**pair) for pair in _idx_pairs(folder)]
+    if len({pixels.shape[1:] for pixels, _ in parts}) > 1:
+        raise DataError(f"the training and the test images in {folder} differ in size")
+    return parts
+
+
+def idx_shape(folder: Path) -> tuple[int, int, int]:
+    """Return the shape (c, h, w) of a folder's images, from one header.
+
+    Raises
+    ------
+    DataError
+        As `read_idx_folder`.
+    """
+    path = _idx_pairs(folder)[0]["images"]
+    with _opened(path) as file:
+        shape = _idx_header(file, path, (3, 4))
+    return _idx_layout(path, shape)[1]
+
+
+def _idx_pairs(folder: Path) -> list[dict[str, Path]]:
+    """Return the files of the training and the test pair, or of the only pair."""
     pairs: dict[str, dict[str, Path]] = {}
-    for path in sorted(
-        folder.iterdir(), reverse=True
-    ):  # reversed, so that a plain file wins over its .gz
-        if path.is_file() and (match := IDX_NAME.match(path.name)):
-            pairs.setdefault(match["prefix"], {})[match["kind"]] = path
+    # Reversed, so that a plain file wins over its .gz.
+    for path in sorted(folder.iterdir(), reverse=True):
+        if path.is_file() and is_idx(path) and (match := IDX_NAME.match(path.name)):
+            pair, kind = pairs.setdefault(match["prefix"], {}), match["kind"].lower()
+            if kind in pair:
+                log.warning("%s is left out: %s is read", pair[kind], path)
+            pair[kind] = path
     if not pairs:
         raise DataError(
             f"no IDX files in {folder}: looked for *images-idx3-ubyte and *labels-idx1-ubyte, "
@@ -67,41 +128,68 @@ def read_idx_folder(folder: Path) -> list[tuple[Bytes, Labels]]:
             raise DataError(
                 f"{folder} holds {there} but no {kind} file with the same beginning {prefix!r}"
             )
-    tests = [prefix for prefix in pairs if re.search("t10k|test", prefix)]
-    trains = [prefix for prefix in pairs if prefix not in tests]
-    if len(tests) > 1 or len(trains) > 1:
+    if len(pairs) == 1:
+        return list(pairs.values())
+    tests = [prefix for prefix in pairs if _part_of(prefix) == "test"]
+    trains = [prefix for prefix in pairs if _part_of(prefix) == "train"]
+    if len(pairs) == 2 and len(tests) + len(trains) == 1:
+        (other,) = set(pairs) - {*tests, *trains}
+        (trains if tests else tests).append(other)
+        log.info(
+            "%s: %r is taken for the training part, %r for the test part", folder, *trains, *tests
+        )
+    if len(pairs) > 2 or len(tests) != 1 or len(trains) != 1:
         names = ", ".join(sorted(pair["images"].name for pair in pairs.values()))
         raise DataError(
             f"{folder} holds more than one data set ({names}); keep one pair, "
             "or one pair and its test pair"
         )
-    parts = [_idx_pair(**pairs[prefix]) for prefix in trains + tests]
-    if len({pixels.shape[1:] for pixels, _ in parts}) > 1:
-        raise DataError(f"the training and the test images in {folder} differ in size")
-    return parts
+    return [pairs[trains[0]], pairs[tests[0]]]
+
+
+def _part_of(prefix: str) -> str | None:
+    """Return which part a name says: "contest" is no test."""
+    words = set(re.split(r"[^a-z0-9]+", prefix.lower()))
+    train, test = bool(words & {*TRAINING}), bool(words & {*TEST})
+    return None if train == test else "train" if train else "test"
 
 
 def _idx_pair(images: Path, labels: Path) -> tuple[Bytes, Labels]:
-    pixels, classes = read_idx(images, ndim=3), read_idx(labels, ndim=1)
+    pixels, classes = read_idx(images, ndim=(3, 4)), read_idx(labels, ndim=1)
     if len(pixels) != len(classes):
         raise DataError(
             f"{images} holds {len(pixels)} images, but {labels} holds {len(classes)} labels"
         )
-    return pixels[:, None], classes.astype(np.int64)
+    last, shape = _idx_layout(images, list(pixels.shape))
+    if last:
+        pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+    return pixels.reshape(-1, *shape), classes.astype(np.int64)
 
 
-def read_idx(path: Path, *, ndim: int) -> Bytes:
+def _idx_layout(path: Path, shape: list[int]) -> tuple[bool, tuple[int, int, int]]:
+    """Return whether channels come last, and (c, h, w)."""
+    if len(shape) == 3:
+        return False, (1, shape[1], shape[2])
+    first, last = shape[1] in (1, 3), shape[3] in (1, 3)
+    if first == last:
+        raise DataError(f"{path}: which of {shape} are the 1 or 3 channels cannot be told")
+    _, a, b, c = shape
+    return (True, (c, a, b)) if last else (False, (a, b, c))
+
+
+def read_idx(path: Path, *, ndim: int | tuple[int, ...]) -> Bytes:
     """Read an IDX file of bytes, plain or gzipped (by its name).
 
     The header's sizes are checked against the bytes that are there before anything of that size is
-    allocated.
+    allocated; a ``.gz`` may grow to ``GROWTH`` times its size, or to ``FREE`` bytes.
 
     Parameters
     ----------
     path : Path
         The file.
-    ndim : int
-        Dimensions it must have: 3 for images (n, h, w), 1 for labels (n,).
+    ndim : int or tuple of int
+        Dimensions it may have: 3 for images (n, h, w), 4 for images with channels, 1 for labels
+        (n,).
 
     Raises
     ------
@@ -109,88 +197,54 @@ def read_idx(path: Path, *, ndim: int) -> Bytes:
         If the file is unreadable, is no such IDX file, or is shorter or longer than its header
         says.
     """
+    with _opened(path) as file:
+        return _read_idx(file, path, (ndim,) if isinstance(ndim, int) else ndim)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return _read_idx(file, path, ndim)  # type: ignore[arg-type]  # GzipFile reads like any binary file
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            yield file  # type: ignore[misc]  # GzipFile reads like any binary file
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _read_idx(file: IO[bytes], path: Path, ndim: int) -> Bytes:
-    header = file.read(4 + 4 * ndim)
-    if len(header) < 4 + 4 * ndim or header[:4] != bytes([0, 0, 8, ndim]):
+def _idx_header(file: IO[bytes], path: Path, ndims: tuple[int, ...]) -> list[int]:
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:2] != bytes(2) or magic[2] != 8 or magic[3] not in ndims:
+        kind = f"IDX file of {IDX_TYPES[magic[2]]}" if _other_idx(magic) else magic.hex()
         raise DataError(
-            f"{path} is no IDX file of bytes with {ndim} dimension(s): "
-            f"it begins with {header[:4].hex()}"
+            f"{path} is no IDX file of bytes with {' or '.join(map(str, ndims))} dimension(s): "
+            f"it begins as {kind}"
         )
-    shape = [int(size) for size in np.frombuffer(header, dtype=">u4", offset=4)]
-    expected = 1
-    for size in shape:  # Python integers: a forged header cannot overflow them
-        expected *= size
-    if expected == 0:
+    sizes = file.read(4 * magic[3])
+    if len(sizes) < 4 * magic[3]:
+        raise DataError(f"{path} is no IDX file: it ends within its header")
+    shape = [int(size) for size in np.frombuffer(sizes, dtype=">u4")]
+    if math.prod(shape) == 0:
         raise DataError(f"{path} is empty: its header says {shape}")
-    # In chunks: read(expected) would reserve whatever a damaged header claims.
+    return shape
+
+
+def _other_idx(magic: bytes) -> bool:
+    return len(magic) == 4 and magic[:2] == bytes(2) and magic[2] in IDX_TYPES and magic[2] != 8
+
+
+def _read_idx(file: IO[bytes], path: Path, ndims: tuple[int, ...]) -> Bytes:
+    shape = _idx_header(file, path, ndims)
+    expected, there = math.prod(shape), path.stat().st_size
+    most = min(max(GROWTH * there, FREE), MOST_BYTES) if path.suffix.lower() == ".gz" else there
+    # In chunks, and no more than is believable: a forged header reserves nothing.
     content = bytearray()
-    while len(content) <= expected and (chunk := file.read(CHUNK)):
+    while len(content) <= min(expected, most) and (chunk := file.read(CHUNK)):
         content += chunk
+    if expected > most < len(content):
+        raise DataError(
+            f"{path}: its header says {shape}, {expected} bytes, and it grows beyond {most} bytes "
+            f"from {there}; unpack it if that is right"
+        )
     if len(content) != expected:
         found = f"{len(content)} bytes" if len(content) < expected else "more"
         raise DataError(f"{path}: its header says {shape}, {expected} bytes, but it holds {found}")
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
-
-
-def read_picture_folder(root: Path) -> tuple[Bytes, Labels]:
-    """Read a folder of class folders of PNG and JPEG files.
-
-    Folders named by numbers have these as classes; otherwise the classes count the folder names in
-    order.
-
-    Returns
-    -------
-    tuple[Bytes, Labels]
-        Images (n, c, h, w), with one channel if all are grey and three otherwise, and labels (n,).
-
-    Raises
-    ------
-    DataError
-        If a folder is empty, a file is no picture, or sizes differ.
-    """
-    folders = sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    if not folders:
-        raise DataError(f"{root} holds no class folders; expected {root}/<class>/*.png or .jpg")
-    numbered = all(folder.name.isascii() and folder.name.isdigit() for folder in folders)
-    pictures, labels = [], []
-    for position, folder in enumerate(folders):
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
-        if not paths:
-            raise DataError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
-        for path in paths:
-            pictures.append((path, _picture(path)))
-            labels.append(int(folder.name) if numbered else position)
-    first, (height, width, _) = pictures[0][0], pictures[0][1].shape
-    for path, pixels in pictures:
-        if pixels.shape[:2] != (height, width):
-            found = f"{pixels.shape[1]}x{pixels.shape[0]}"
-            raise DataError(
-                f"{path} is {found} pixels, but {first} is {width}x{height}; all must have one size"
-            )
-    channels = max(
-        pixels.shape[2] for _, pixels in pictures
-    )  # one colour picture makes all of them RGB
-    stack = [np.broadcast_to(pixels, (height, width, channels)) for _, pixels in pictures]
-    return np.stack(stack).transpose(0, 3, 1, 2), np.asarray(labels, dtype=np.int64)
-
-
-def _picture(path: Path) -> Bytes:
-    """Return the (h, w, 1) or (h, w, 3) bytes of a picture; transparency is dropped."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            grey = image.mode in ("1", "L", "LA", "I", "I;16", "F")
-            pixels = np.asarray(image.convert("L" if grey else "RGB"), dtype=np.uint8)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as a picture: {error}") from error
-    return pixels[..., None] if grey else pixels

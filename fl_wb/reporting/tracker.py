@@ -70,9 +70,13 @@ class Tracker:
         step: int | None = None,
     ) -> None:
         """Write a grid of samples to ``<tag>.png`` and to TensorBoard; see `sample_grid`."""
+        self.picture(tag, lambda: sample_grid(samples, columns), step=step)
+
+    def picture(self, tag: str, drawn: Callable[[], bytes], *, step: int | None = None) -> None:
+        """Write a PNG file to ``<tag>.png`` and to TensorBoard."""
 
         def draw() -> None:
-            picture = sample_grid(samples, columns)
+            picture = drawn()
             write_atomic(self.output / f"{tag}.png", picture)
             pixels = np.asarray(Image.open(io.BytesIO(picture)))
             self._event(lambda events: events.add_image(tag, pixels, step, dataformats="HWC"))
