@@ -10,7 +10,7 @@ import torch
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import latent_dim_of, sampling
@@ -74,7 +74,11 @@ def check_networks(
 
 
 def _check_weights(network: nn.Module, own: Mapping[str, Tensor]) -> None:
-    lazy = [name for name, value in own.items() if isinstance(value, UninitializedTensorMixin)]
+    lazy = [
+        name
+        for name, value in own.items()
+        if isinstance(value, UninitializedParameter | UninitializedBuffer)
+    ]
     if lazy:
         raise ValueError(
             f"the generator has lazy layers ({lazy[0]!r} has no shape yet): let its factory "

@@ -27,6 +27,8 @@ from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 from fl_wb.strategies.model import average
 
+Form = frozenset[tuple[str, int, bool]]  # of metrics: see `_form`
+
 ROLE_TIMEOUT = 60.0  # seconds; a fresh client process has to import torch before it can answer
 
 
@@ -291,25 +293,29 @@ class RoleFedAvg(FedAvg):
         return aggregate(contents, self.weighted_by_key) if contents else None
 
     def _averageable(self, kept: Sequence[tuple[int, RecordDict]], name: str) -> list[RecordDict]:
-        """Return the metrics that have the commonest names and forms, with bounded weights."""
+        """Return the metrics that have the commonest names and forms, with bounded weights.
+
+        Of forms that are equally common, one whose figures all average, with fewer lists, shorter.
+        """
         forms = [_form(checked.metrics(content)) for _, content in kept]
-        commonest = Counter(forms).most_common(1)[0][0] if forms else None
+        counted = Counter(forms)
+        commonest = max(counted, key=lambda form: (counted[form], *_plainness(form)), default=None)
         alike = []
         for (node_id, content), form in zip(kept, forms, strict=True):
             if form == commonest:
-                alike.append((node_id, checked.metrics(content)))
+                alike.append(content)
             else:
                 log(WARNING, "%s: node %d has metrics unlike the others': left out", name, node_id)
-        weights = bounded_weights(
-            [float(found[self.weighted_by_key]) for _, found in alike], self.max_share
-        )
+        weights = bounded_weights([self._weight(content) for content in alike], self.max_share)
         return [
-            RecordDict({keys.METRICS: MetricRecord({**found, self.weighted_by_key: weight})})
-            for (_, found), weight in zip(alike, weights, strict=True)
+            RecordDict(
+                {keys.METRICS: MetricRecord({**checked.metrics(found), self.weighted_by_key: w})}
+            )
+            for found, w in zip(alike, weights, strict=True)
         ]
 
 
-def _form(metrics: MetricRecord) -> frozenset[tuple[str, int, bool]]:
+def _form(metrics: MetricRecord) -> Form:
     """Return each metric's name, its length, and whether it averages with others."""
     return frozenset(
         (name, len(value), all(map(checked.is_figure, value)))
@@ -317,6 +323,11 @@ def _form(metrics: MetricRecord) -> frozenset[tuple[str, int, bool]]:
         else (name, -1, checked.is_figure(value))
         for name, value in metrics.items()
     )
+
+
+def _plainness(form: Form) -> tuple[bool, int, int]:
+    lists = sum(length >= 0 for _, length, _ in form)
+    return all(good for *_, good in form), -lists, -len(form)
 
 
 def _place(node_id: int, content: RecordDict) -> int:

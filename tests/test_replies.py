@@ -15,16 +15,21 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Result
 
 from fl_wb.app.config import compose
+from fl_wb.app.factories import factories
+from fl_wb.app.results import Results
 from fl_wb.client_app import app
 from fl_wb.data import datasets
 from fl_wb.data.datasets import held_out, source_samples, target_samples
 from fl_wb.messages import keys, replies
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.persistence.tensor_files import digest
+from fl_wb.reporting.tracker import Tracker
 from fl_wb.server_app import app as server_app
-from fl_wb.testing.in_process_grid import InProcessGrid
+from fl_wb.strategies import RoleFedAvg
+from fl_wb.testing.in_process_grid import InProcessGrid, through_the_wire
 from tests.test_simulation import TINY
 
 TARGETS = "data.targets=[[0,1],[2,3]]"
@@ -117,19 +122,43 @@ ODD: dict[str, tuple[Spoil, str]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Odd:
+    """Return the grid of a run that is well, which keeps all replies."""
+    return run(tmp_path_factory.mktemp("story"))[1]
+
+
+@pytest.mark.parametrize("first", [13, BAD])
 @pytest.mark.parametrize("kind", ODD)
 def test_an_odd_evaluate_reply_costs_no_other_result(
-    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    first: int,
+    story: Odd,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Prepare
+    # Prepare: the replies of a whole run, of which one is spoiled
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     spoil, reason = ODD[kind]
+    config = compose([*TINY, TARGETS, f"output={tmp_path}"])
+    results = Results(Tracker(tmp_path), config, factories(config)[0])
+    strategy = RoleFedAvg(observer=results)
+    answers = [through_the_wire(m) for m in story.kept if keys.SAMPLES in m.content]
+    answers.sort(key=lambda message: message.metadata.src_node_id != first)
+    for message in answers:
+        if message.metadata.src_node_id == BAD:
+            spoil(message.content)
+    model = next(m.content[keys.ARRAYS] for m in story.kept if keys.ARRAYS in m.content)
 
     # Execute
-    found, _ = run(tmp_path, spoil)
+    figures = strategy.aggregate_evaluate(1, answers)
+    assert figures is not None
+    results.finish(Result(arrays=model, evaluate_metrics_clientapp={1: figures}))
+    results.tracker.close()
 
     # Assert
-    assert "0" in found["targets"]
+    found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert found["targets"]["0"]["adapted/w1"] > 0
     assert math.isfinite(found["final"]["adapted"]["w1"])
     assert (tmp_path / "adapted.png").is_file()

@@ -78,17 +78,16 @@ def model(content: RecordDict) -> ArrayRecord:
 
 
 def is_figure(value: object) -> bool:
-    """Whether a metric is a number that averages with others."""
+    """Whether a metric is a number that averages with others (nan does not)."""
     return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def figures(content: RecordDict) -> dict[str, float]:
     """Return the metrics that are single numbers; nan may stay, infinite ones and lists not."""
-    found = metrics(content).items()
     return {
         name: float(value)
-        for name, value in found
-        if is_figure(value) or (isinstance(value, float) and math.isnan(value))
+        for name, value in metrics(content).items()
+        if isinstance(value, int | float) and not abs(value) > LARGEST
     }
 
 

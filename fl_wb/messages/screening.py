@@ -97,7 +97,7 @@ def _unlike(
 
 
 def _spread(rows: Tensor) -> float:
-    return (rows - rows.mean(dim=0)).norm(dim=1).mean().item()
+    return float((rows - rows.mean(dim=0)).norm(dim=1).mean())
 
 
 def _scale(samples: Sequence[Tensor]) -> Tensor:
@@ -145,7 +145,8 @@ def sliced_wasserstein(
 def _directions(dimension: int, number: int, seed: int) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     theta = torch.randn(dimension, number, generator=rng, dtype=torch.float64)
-    return theta / theta.norm(dim=0)
+    norms: Tensor = theta.norm(dim=0)
+    return theta / norms
 
 
 def _rows(part: Tensor) -> Tensor:
