@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+from fl_wb.reporting.tables import columns
+
 SHAPES = {"mlp": (1, 8, 8), "conv": (1, 28, 28), "dcgan": (1, 32, 32)}
 REPETITIONS = 5
 RUNTIMES = ("torch, full precision", "torch, ternary", "numpy, ternary")
@@ -113,9 +115,8 @@ def main() -> None:
                 found.append(json.loads(done.stdout))
             rows[runtime] = {name: median(figures[name] for figures in found) for name in found[0]}
     names = list(rows[RUNTIMES[0]])
-    print(f"{given.network:<24}" + "".join(f"{name:>18}" for name in names))
-    for runtime, figures in rows.items():
-        print(f"{runtime:<24}" + "".join(f"{figures[name]:>18.1f}" for name in names))
+    cells = [[runtime, *(f"{f[name]:.1f}" for name in names)] for runtime, f in rows.items()]
+    print(columns([[given.network, *names], *cells]))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -39,6 +39,7 @@ from fl_wb.generators.mixture import Map, favor_small_parts
 from fl_wb.generators.networks import make_critic, make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import Reference, train_features
+from fl_wb.reporting import tables
 from fl_wb.ternary import pack, ternarize
 from fl_wb.training.distillation import distill, pairs_of
 from fl_wb.training.wgan import resample, train_wgan
@@ -249,19 +250,11 @@ def shares(seed: int, table: Table, overrides: str, only: str = "") -> None:
 def markdown(table: Table) -> str:
     """Rows of mean ± standard deviation over the seeds."""
     columns = (*COLUMNS, "seconds")
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    cells = [["", *columns]]
     for name, rows in table.items():
-        cells = [_cell([row[c] for row in rows if c in row]) for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(values: Sequence[float]) -> str:
-    values = [v for v in values if not math.isnan(v)]
-    if not values:
-        return ""
-    spread = f" ±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
+        found = ([row[c] for row in rows if not math.isnan(row.get(c, math.nan))] for c in columns)
+        cells.append([name, *map(tables.mean, found)])
+    return tables.markdown(cells)
 
 
 def _rng(seed: int) -> torch.Generator:

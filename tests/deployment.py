@@ -26,9 +26,10 @@ from typing import Any
 
 import psutil
 
-from fl_wb.commands import certificates
+import fl_wb
 
-PACKAGE = str(Path(certificates.__file__).parents[1])  # also where FL-WB is not installed
+PACKAGE = str(Path(fl_wb.__file__).parents[1])  # also where FL-WB is not installed
+DOCUMENT = Path(__file__).parents[1] / "docs" / "deployment.md"
 PATIENCE = 240.0  # seconds; a machine under test may be slow
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
@@ -58,7 +59,7 @@ class Deployment:
 
     def __enter__(self) -> Deployment:
         """Make certificates and start the SuperLink."""
-        certificates.make(self.certificates, ["127.0.0.1"], nodes=4)
+        make_certificates(self.certificates, nodes=4)
         try:
             self._start_superlink()
         except BaseException:
@@ -102,7 +103,7 @@ class Deployment:
     def start_superlink(self) -> None:
         """Start the SuperLink, or start it again: its database knows the nodes still."""
         ca, certificate, key = self._files("ca.crt", "server.pem", "server.key")
-        self.superlink = self._start(
+        self.superlink = self.start(
             "superlink",
             *("flower-superlink", "--port", self.address.split(":")[1], "--enable-supernode-auth"),
             *("--ssl-ca-certfile", ca, "--ssl-certfile", certificate, "--ssl-keyfile", key),
@@ -111,13 +112,14 @@ class Deployment:
         )
         wait(partial(_answers, self.superlink, f"https://{self.address}/health", ca))
 
-    def add(self, name: str, key: int, node_config: str) -> None:
-        """Register a node's key and start its SuperNode."""
+    def add(self, name: str, key: int, node_config: str, *, address: str = "") -> None:
+        """Register a node's key and start its SuperNode, on the SuperLink's address or another."""
         public, private, ca = self._files(f"node-{key}.pub", f"node-{key}", "ca.crt")
         self.flwr("supernode", "register", public, "lab")
-        self.nodes[name] = self._start(
+        self.nodes[name] = self.start(
             name,
-            *("flower-supernode", "--superlink", self.address, "--root-certificates", ca),
+            *("flower-supernode", "--superlink", address or self.address),
+            *("--root-certificates", ca),
             *("--auth-supernode-private-key", private, "--port", str(free_port())),
             *("--node-config", node_config),
         )
@@ -125,11 +127,17 @@ class Deployment:
     def run(self, name: str, *overrides: str) -> psutil.Popen:
         """Start `fl-wb superlink=lab` in the background; see `log` for what it prints."""
         command = (sys.executable, "-m", "fl_wb.commands.cli", "superlink=lab", *overrides)
-        return self._start(name, *command)
+        return self.start(name, *command)
 
     def flwr(self, *arguments: str) -> str:
         """Run the `flwr` command and return what it prints."""
-        done = subprocess.run(
+        done = self.try_flwr(*arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def try_flwr(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the `flwr` command, which may fail."""
+        return subprocess.run(
             ["flwr", *arguments],
             env=self.environment,
             cwd=self.folder,
@@ -137,8 +145,6 @@ class Deployment:
             text=True,
             timeout=PATIENCE,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
     def stop(self, name: str) -> None:
         """Run `flwr stop` for a run that `run` started."""
@@ -167,7 +173,8 @@ class Deployment:
                     return process
         return None
 
-    def _start(self, name: str, *command: str) -> psutil.Popen:
+    def start(self, name: str, *command: str) -> psutil.Popen:
+        """Start a process that ends with the deployment; see `log` for what it prints."""
         with (self.folder / f"{name}.log").open("ab") as sink:
             process = psutil.Popen(
                 command,
@@ -184,6 +191,26 @@ class Deployment:
 
     def _files(self, *names: str) -> list[str]:
         return [str(self.certificates / name) for name in names]
+
+
+def documented(language: str, within: str) -> str:
+    """Return the block of docs/deployment.md that holds a text."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", DOCUMENT.read_text("utf-8"), re.DOTALL)
+    (block,) = (block for block in blocks if within in block)
+    return str(block)
+
+
+def make_certificates(folder: Path, nodes: int) -> None:
+    """Make certificates and keys as docs/deployment.md does, in another folder.
+
+    Raises
+    ------
+    CalledProcessError
+        If there are certificates already.
+    """
+    script = documented("bash", "openssl req").replace("~/lab-certificates", f"'{folder}'")
+    script = script.replace("0 1 2;", " ".join(map(str, range(nodes))) + ";")
+    subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
 
 
 def _end_with_us() -> None:

@@ -134,7 +134,7 @@ def test_a_generator_that_cannot_be_trained_is_named() -> None:
     ("setting", "reason"),
     [
         ({"geodesic": "mix"}, "geodesic='mix' must be one of: two_critics, mixture, displacement"),
-        ({"iterations": -1}, "iterations=-1 must be an integer of 0 or more"),
+        ({"iterations": -1}, "iterations=-1 must be at least 0"),
         ({"seed": "a"}, "seed='a' must be an integer of 0 or more"),
         ({"patience": 0}, "patience=0 must be an integer of 1 or more"),
         ({"screening": 1.0}, "screening=1.0 must be more than 1"),

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from fl_wb.app.config import ConfigError, compose, from_run_config
-from fl_wb.commands import cli, launcher
+from fl_wb.commands import cli, watchdog
 from fl_wb.commands.launcher import RunFailed, launch, submit
 from fl_wb.data.readers import DataError
 
@@ -314,7 +314,7 @@ def test_what_starts_while_it_all_ends_ends_too(
     assert superlink.stdout is not None
     assert superlink.stdout.readline() == b"ready\n"
 
-    launcher._end(superlink, tmp_path)
+    watchdog.end(tmp_path)
 
     assert (tmp_path / "late").exists()
     assert not _children(tmp_path)

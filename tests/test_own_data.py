@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from PIL import Image
 
 from fl_wb.app.config import compose
 from fl_wb.client_app import app, place
-from fl_wb.commands.certificates import make
 from fl_wb.data.datasets import load_own
 from fl_wb.data.readers import DataError
 from fl_wb.testing.in_process_grid import InProcessGrid
+from tests.deployment import make_certificates
 
 
 def folder_of(path: Path, seed: int, size: int = 8) -> Path:
@@ -52,13 +53,17 @@ def test_data_of_another_shape_or_a_relative_folder_is_refused(tmp_path: Path) -
 
 
 def test_certificates_are_private_and_never_replaced(tmp_path: Path) -> None:
-    make(tmp_path / "keys", ["127.0.0.1", "example.org"], nodes=1)
+    make_certificates(tmp_path / "keys", nodes=1)
     files = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "keys").iterdir()}
-    assert files == dict.fromkeys(
-        ("ca.crt", "server.pem", "server.key", "node-0", "node-0.pub"), 0o600
-    )
-    with pytest.raises(FileExistsError, match="holds certificates already"):
-        make(tmp_path / "keys", ["127.0.0.1"], nodes=1)
+    assert files.pop("node-0.pub") & 0o022 == 0
+    assert files == dict.fromkeys(("ca.crt", "server.pem", "server.key", "node-0"), 0o600)
+    authority, certificate = (tmp_path / "keys" / name for name in ("ca.crt", "server.pem"))
+    # As Python checks it from 3.13 on.
+    strictly = ["openssl", "verify", "-x509_strict", "-verify_ip", "127.0.0.1", "-CAfile"]
+    subprocess.run([*strictly, authority, certificate], check=True)
+    with pytest.raises(subprocess.CalledProcessError) as raised:
+        make_certificates(tmp_path / "keys", nodes=1)
+    assert "exists" in raised.value.stderr
 
 
 def test_what_a_node_says_of_itself_is_no_hash_of_its_data(tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from tests.fresh import ROOT
@@ -86,7 +91,48 @@ def test_the_bundle(checkout: Path, tmp_path: Path) -> None:
     assert "warn" not in (done.stdout + done.stderr).lower()
     assert bundle.stat().st_size < 1e6
     probe(root, tmp_path)
+    # Flower Hub's manifest, whose rules `flwr build` checks from this format version on
+    manifest = tomllib.loads((root / "pyproject.toml").read_text())
+    assert manifest["tool"]["flwr"]["app"]["fab-format-version"] == 1
+    assert (root / manifest["project"]["license"]["file"]).read_bytes()
 
 
 def test_the_plain_checkout(checkout: Path, tmp_path: Path) -> None:
     probe(checkout, tmp_path)
+
+
+def imported(folder: Path) -> Iterator[str]:
+    """Yield the top-level modules that the code of a folder imports."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from (name.name.partition(".")[0] for name in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module.partition(".")[0]
+
+
+def test_what_is_imported_is_declared() -> None:
+    # Prepare
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = [name for names in project["optional-dependencies"].values() for name in names]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[\[<>=~! ]", text)[0].lower().replace("_", "-") for text in requirements}
+
+    def undeclared(folders: tuple[str, ...], declared: set[str]) -> set[str]:
+        known = packages_distributions()
+        modules = {module for folder in folders for module in imported(ROOT / folder)}
+        modules -= {*sys.stdlib_module_names, "fl_wb", "strategies", "clients", "conf"}
+        modules -= {"tests", "benchmarks"}
+        found = {m: {d.lower().replace("_", "-") for d in known.get(m, [m])} for m in modules}
+        return {module for module, homes in found.items() if not homes & declared}
+
+    # Assert
+    needed = names(project["dependencies"])
+    brought = {"datasets", "ray"}  # by flwr-datasets, and by flwr[simulation], which pins it
+    optional = {"flwr_datasets", "torch_fidelity", "torchmetrics", "matplotlib"}
+    assert undeclared(("fl_wb", "strategies", "clients"), needed) <= optional | brought
+    everywhere = ("fl_wb", "strategies", "clients", "tests", "benchmarks")
+    assert undeclared(everywhere, needed | names(extras)) <= brought
+    (everything,) = project["optional-dependencies"]["all"]
+    assert everything == "fl-wb[datasets,inception,plots]"

@@ -3,13 +3,16 @@
 Plain `flwr run` shares one background SuperLink among all users of a machine: one port, the working
 directory of whoever started it first, the app's dependencies installed anew for each run, and an
 exit status of 0 even when the run failed. Here every run gets a SuperLink of its own, on a free
-port and with a Flower home of its own, which ends with the run, also when that is interrupted.
+port and with a Flower home of its own, which ends with the run, also when that is interrupted or
+killed. What the caller's environment holds for other programs (a proxy, a cluster of Ray's, a deep
+``TMPDIR``) does not reach it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,12 +28,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-import psutil
+from fl_wb.commands.watchdog import end, watched
 
 STARTUP_SECONDS = 60.0
-SHUTDOWN_SECONDS = 10.0
 STATUS_SECONDS = 30.0
 ATTEMPTS = 3  # another program may take the free port before the SuperLink does
+LONGEST = 24  # bytes: a Unix socket's path has 107, and Ray's below a home in this folder 83 more
+LOOPBACK = ("127.0.0.1", "localhost")
+EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Killed)\b")
 
 # The bundle that Flower hands to server and clients holds no code: simulated nodes share this
 # machine's environment, where fl_wb is installed.
@@ -96,8 +101,8 @@ def launch(
             if gpus:
                 size += f" client-resources-num-gpus={gpus}"
             command = ["flwr", "run", str(folder), "--stream", "--run-config", settings]
-            run_id = _stream([*command, "--federation-config", size], environment)
-            _check_completed(run_id, environment)
+            run_id, cause = _stream([*command, "--federation-config", size], environment)
+            _check_completed(run_id, cause, environment)
 
 
 def submit(run_config: Mapping[str, str], superlink: str, *, app: Path | None = None) -> None:
@@ -126,8 +131,9 @@ def submit(run_config: Mapping[str, str], superlink: str, *, app: Path | None = 
         environment |= {k: v for k, v in os.environ.items() if k == "FLWR_HOME"}
         folder = _own_app(home) if app is None else app
         command = ["flwr", "run", str(folder), superlink, "--stream"]
-        run_id = _stream([*command, "--run-config", _settings(home, run_config)], environment)
-        _check_completed(run_id, environment, superlink)
+        settings = _settings(home, run_config)
+        run_id, cause = _stream([*command, "--run-config", settings], environment)
+        _check_completed(run_id, cause, environment, superlink)
 
 
 def _settings(home: Path, run_config: Mapping[str, str]) -> str:
@@ -139,9 +145,9 @@ def _settings(home: Path, run_config: Mapping[str, str]) -> str:
     return str(settings)
 
 
-def _stream(command: list[str], environment: dict[str, str]) -> str:
-    """Show a run's log until it ends, and return the run's id."""
-    run_id = ""
+def _stream(command: list[str], environment: dict[str, str]) -> tuple[str, str]:
+    """Show a run's log until it ends; return the run's id, and the cause of its last error."""
+    run_id, cause = "", _Cause()
     with subprocess.Popen(
         command,
         env=environment,
@@ -156,6 +162,7 @@ def _stream(command: list[str], environment: dict[str, str]) -> str:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
+                cause.read(line)
                 if line.startswith("Successfully started run "):
                     run_id = line.split()[3]
         except BaseException:
@@ -163,10 +170,28 @@ def _stream(command: list[str], environment: dict[str, str]) -> str:
             raise
     if not run_id:
         raise RunFailed("flwr run did not start the run; its message stands above")
-    return run_id
+    return run_id, cause.text
 
 
-def _check_completed(run_id: str, environment: dict[str, str], *superlink: str) -> None:
+class _Cause:
+    """The first cause of the last traceback in a log, where Flower says but what came of it."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._linked = False  # the next traceback is a consequence of the one before
+
+    def read(self, line: str) -> None:
+        """Take the next line of the log."""
+        if line.startswith(("The above exception was", "During handling of the above")):
+            self._linked = True
+        elif line.startswith("Traceback (most recent call last):"):
+            self.text = self.text if self._linked else ""
+            self._linked = False
+        elif not self.text and EXCEPTION.match(line):
+            self.text = line.strip()
+
+
+def _check_completed(run_id: str, cause: str, environment: dict[str, str], *superlink: str) -> None:
     """Raise unless Flower lists the run as completed (`flwr run --stream` itself exits with 0)."""
     deadline = time.monotonic() + STATUS_SECONDS
     while True:
@@ -186,7 +211,8 @@ def _check_completed(run_id: str, environment: dict[str, str], *superlink: str) 
         if status == "finished:completed":
             return
         if status.startswith("finished") or time.monotonic() > deadline:
-            raise RunFailed(f"the run ended as {status}: {details}")
+            because = "" if cause.partition(": ")[2] in details else f" ({cause})"
+            raise RunFailed(f"the run ended as {status}: {details}{because}")
         time.sleep(0.5)
 
 
@@ -199,9 +225,13 @@ def _last_words(text: str) -> str:
 
 @contextmanager
 def _home() -> Iterator[Path]:
-    """Make a temporary Flower home: connection, unpacked bundle, run config."""
-    with tempfile.TemporaryDirectory(prefix="fl-wb-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+    """Make a temporary Flower home: connection, unpacked bundle, run config, Ray's sockets."""
+    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(os.fsencode(parent)) > LONGEST:
+        parent = "/tmp"
+    home = Path(tempfile.mkdtemp(prefix="fl-wb-", dir=parent))
+    with watched(home):
+        yield home
 
 
 def _own_app(home: Path) -> Path:
@@ -215,15 +245,30 @@ def _environment(home: Path) -> dict[str, str]:
     """Return the environment of Flower's processes."""
     # They start each other by name, also where this environment's scripts are not on the PATH.
     scripts = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
-    return os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", os.defpath)]),
-        "PYTHONUNBUFFERED": "1",
-        "RAY_DEDUP_LOGS": "0",  # nodes' lines of progress are alike, and all wanted
-        # Ray would otherwise hide GPUs from nodes that claim none, and warn about it each time.
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }
+    inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}  # a cluster's, not ours
+    return (
+        inherited
+        | _no_proxy()
+        | {
+            "FLWR_HOME": str(home),
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
+            "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", os.defpath)]),
+            "PYTHONUNBUFFERED": "1",
+            "RAY_DEDUP_LOGS": "0",  # nodes' lines of progress are alike, and all wanted
+            # Ray would otherwise hide GPUs from nodes that claim none, and warn about it each time.
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_TMPDIR": str(home),
+        }
+    )
+
+
+def _no_proxy() -> dict[str, str]:
+    """Return the variables that keep what is on this machine from its proxy, for HTTP and gRPC."""
+    found = (os.environ.get(name) for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"))
+    hosts = [host.strip() for text in found if text for host in text.split(",") if host.strip()]
+    text = "*" if "*" in hosts else ",".join(dict.fromkeys([*hosts, *LOOPBACK]))
+    return dict.fromkeys(("no_grpc_proxy", "no_proxy", "NO_PROXY"), text)
 
 
 @contextmanager
@@ -256,7 +301,9 @@ def _superlink(home: Path, environment: dict[str, str], log: Path) -> Iterator[N
                 yield
                 return
         finally:
-            _end(process, home)
+            end(home)
+            process.kill()  # for a system that shows no process's environment
+            process.wait()
     raise RunFailed(f"the SuperLink did not start; see {log}")
 
 
@@ -275,37 +322,6 @@ def _healthy(process: subprocess.Popen[bytes], port: int) -> bool:
             return process.poll() is None
         time.sleep(0.1)
     return False
-
-
-def _end(process: subprocess.Popen[bytes], home: Path) -> None:
-    """End a SuperLink and all that it started (its own shutdown leaves a running run behind)."""
-    told: set[psutil.Process] = set()
-    patient_until = time.monotonic() + SHUTDOWN_SECONDS
-    while family := _family(home):
-        for member in family:
-            with suppress(psutil.NoSuchProcess):
-                if time.monotonic() > patient_until:
-                    member.kill()
-                elif member not in told:  # Flower takes a second SIGTERM for impatience
-                    member.terminate()
-        told.update(family)
-        psutil.wait_procs(family, timeout=0.5)
-    process.kill()  # for a system that shows no process's environment
-    process.wait()
-
-
-def _family(home: Path) -> list[psutil.Process]:
-    """Return the processes of a Flower home.
-
-    Not the SuperLink's children: Ray starts workers while it is told to end, and an orphan of
-    those is nobody's child.
-    """
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):  # ended meanwhile, or another user's
-            if process.environ().get("FLWR_HOME") == str(home):
-                found.append(process)
-    return found
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_wb.app.overrides import split
+from fl_wb.reporting import tables
 from fl_wb.reporting.convergence import MissingExtra, convergence
 
 STEPS = {
@@ -181,22 +182,16 @@ def _best_and_mean(family: Sequence[Row]) -> Iterator[Row]:
 def _table(section: Section) -> str:
     found = {name for row in section.rows.values() for f in row.figures.values() for name in f}
     columns = [name for name in (*COLUMNS, *SCALES) if name in found]
-    titles = [SCALES.get(name, name) for name in columns]
-    lines = ["| | " + " | ".join([*titles, "n"]) + " |", "|---" * (len(columns) + 2) + "|"]
+    lines = [["", *(SCALES.get(name, name) for name in columns), "n"]]
     for row in section.rows.values():
         cells = [
-            _cell([f[name] for f in row.figures.values() if name in f], 3 - 2 * (name in SCALES))
+            tables.mean(
+                [f[name] for f in row.figures.values() if name in f], 3 - 2 * (name in SCALES)
+            )
             for name in columns
         ]
-        lines.append(f"| {row.title} | " + " | ".join([*cells, str(len(row.figures))]) + " |")
-    return "\n".join(lines)
-
-
-def _cell(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return ""
-    spread = f" ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+        lines.append([row.title, *cells, str(len(row.figures))])
+    return tables.markdown(lines)
 
 
 def _mean(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

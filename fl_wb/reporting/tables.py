@@ -1,9 +1,12 @@
-"""Figures as a table of plain text."""
+"""Tables, as plain text and as Markdown."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
+
+from tabulate import tabulate
 
 from fl_wb.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
@@ -28,7 +31,7 @@ def summary_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     cells = [["", *names]]
     for title, figures in rows.items():
         cells.append([title, *(number(figures.get(name, math.nan)) for name in names)])
-    lines = _aligned(cells)
+    lines = [columns(cells)]
     for direction, known in (("lower", LOWER_IS_BETTER), ("higher", HIGHER_IS_BETTER)):
         if shown := [name for name in names if name in known]:
             lines.append(f"{direction} is better: {', '.join(shown)}")
@@ -50,21 +53,28 @@ def partition_table(partition: Mapping[str, Mapping[int, int]]) -> str:
     for node, counts in partition.items():
         each = [str(counts.get(label, "-")) for label in labels] if few else [str(len(counts))]
         cells.append([node, str(sum(counts.values())), *each])
-    return "\n".join(_aligned(cells))
+    return columns(cells)
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows of cells as lines of columns, with a rule below the first."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
-    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return lines
+def columns(cells: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of cells, names first, as plain text; all but the first column to the right."""
+    aligned = ("left", *("right" for _ in cells[0][1:]))
+    lines = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=aligned).split("\n")
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of cells, names first, as Markdown."""
+    return tabulate(cells[1:], cells[0], "github", disable_numparse=True)
+
+
+def mean(values: Sequence[float], digits: int = 3) -> str:
+    """Write the mean of figures, with their standard deviation if there are several."""
+    if not values:
+        return ""
+    spread = f" ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def number(value: float) -> str:

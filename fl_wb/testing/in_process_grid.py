@@ -1,7 +1,6 @@
 """Flower in one process: a Grid that calls ClientApps directly, for tests.
 
-Messages go through Flower's own wire format both ways. The one private API that this needs, the
-identity of the task that makes messages, is set here and nowhere else.
+Messages go through Flower's own wire format both ways.
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.task_identity import TaskIdentity
+
+from fl_wb.testing.private_flower import ErrorCode, address, identify, through_the_wire
 
 RUN_ID, SUPERLINK = 7, 1
 Fault = Callable[[Message], bool]
@@ -50,7 +47,7 @@ class InProcessGrid(Grid):
     def __init__(
         self, app: ClientApp, nodes: int = 0, run_config: Mapping[str, Any] | None = None
     ) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SUPERLINK, 1
+        identify(RUN_ID, SUPERLINK)
         self.app, self.run_config = app, dict(run_config or {})
         self.nodes: dict[int, Node] = {}
         self.before_send: Callable[[list[Message]], None] = lambda messages: None
@@ -82,7 +79,7 @@ class InProcessGrid(Grid):
         self.before_send(sent)
         replies = []
         for message in sent:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
+            address(message, message_id=str(uuid4()))
             node = self.nodes[message.metadata.dst_node_id]
             node.received.append(message.metadata.message_type)
             if node.silent(message):
@@ -94,8 +91,7 @@ class InProcessGrid(Grid):
     def _handle(node: Node, message: Message) -> Message:
         if node.killed(message):
             reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
-            reply.metadata.__dict__["_src_node_id"] = SUPERLINK  # as the SuperLink itself answers
-            return reply
+            return address(reply, src_node_id=SUPERLINK)  # as the SuperLink itself answers
         try:
             reply = node.app(through_the_wire(message), node.context)
         except Exception as error:
@@ -105,7 +101,7 @@ class InProcessGrid(Grid):
         return through_the_wire(reply)
 
     # What strategies never call:
-    run = property(lambda self: None)  # type: ignore[assignment]
+    run = property(lambda self: None)
 
     def set_run(self, run: Any) -> None:
         """Do nothing: there is one run."""
@@ -121,12 +117,3 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Refuse: `send_and_receive` is the one way."""
         raise NotImplementedError
-
-
-def through_the_wire(message: Message) -> Message:
-    """Serialize and deserialize a message, as a SuperLink between two machines would."""
-    contents = {key: obj.deflate() for key, obj in get_all_nested_objects(message).items()}
-    copy = inflate_object_from_contents(message.object_id, contents)
-    assert isinstance(copy, Message)
-    copy.metadata.__dict__["_message_id"] = message.metadata.message_id
-    return copy
