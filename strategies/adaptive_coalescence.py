@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
 from time import perf_counter
@@ -416,7 +417,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
                 more,
             )
             measures = [
-                Measure(lambda u=upload: self._of(u), weight, upload.digest)  # type: ignore[misc]
+                Measure(partial(self._of, upload), weight, upload.digest)
                 for upload, weight in zip(uploads, weights, strict=True)
             ]
             try:

@@ -94,7 +94,9 @@ def average(parts: Iterable[tuple[State, float]]) -> State:
 
     One state is held at a time, beside the sum.
     """
-    total, mean, kinds = 0.0, {}, {}
+    total = 0.0
+    mean: State = {}
+    kinds: dict[str, torch.dtype] = {}
     for state, weight in parts:
         total += weight
         for name, value in state.items():

@@ -353,7 +353,7 @@ class Mined(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Linear(4, 3)
-        self.mine = nn.Parameter(torch.zeros(1))
+        self.register_buffer("mine", torch.zeros(1))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         samples: torch.Tensor = self.net(z)
@@ -370,7 +370,7 @@ def test_an_upload_that_spoils_the_merge_is_dropped_and_the_rest_is_merged() -> 
             torch.manual_seed(context.node_id)
             network = Mined()
         if context.node_id == 12:
-            network.mine.data.fill_(1.0)
+            network.mine.fill_(1.0)
         return reply(message, ArrayRecord(dict(network.state_dict())))
 
     stage = replace(STAGE, distillation=Distillation(iterations=700, batch_size=32))

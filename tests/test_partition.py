@@ -126,7 +126,7 @@ def test_targets_are_served_first() -> None:
     ],
 )
 def test_what_cannot_be_dealt_is_said(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ValueError, match=words):
         source_samples(DataConfig(num_sources=20, **changes), 0)
 
 

@@ -54,7 +54,7 @@ def _on_ray(
     @ray.remote(num_cpus=1)
     def task(sent: list[tuple[nn.Module, float, str]]) -> Merged:
         torch.set_num_threads(threads)
-        measures = [Measure(lambda g=g: g, weight, name) for g, weight, name in sent]
+        measures = [Measure.of(*each) for each in sent]
         return merge.run(measures, initial, None)
 
     waiting = [

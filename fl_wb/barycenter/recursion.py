@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def recursive_barycenter(
         torch.device(device) if device is not None else home,
     )
     measures = [
-        Measure(lambda k=k: generators[k], weight, digest(generators[k].state_dict()))
+        Measure(partial(generators.__getitem__, k), weight, digest(generators[k].state_dict()))
         for k, weight in enumerate(lambdas)
     ]
     nu = barycenter_of(
@@ -155,7 +156,7 @@ def barycenter_of(
             nu, key = next(merged)
             keys.append(key)
             weight = math.fsum(measure.weight for measure in group)
-            after.append(Measure(lambda nu=nu: nu, weight, digest(nu.state_dict())))
+            after.append(Measure.of(nu, weight))
         measures = after
     if keys:
         merge.store.keep_only(keys)

@@ -245,6 +245,7 @@ def _near(pool: Pool, weight: float) -> Regularizer | None:
 
     def term(generator: nn.Module, _: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
         z, x = pairs(len(fakes), rng)
-        return weight * (generator(z) - x).flatten(1).norm(dim=1).mean()
+        distance: Tensor = (generator(z) - x).flatten(1).norm(dim=1).mean()
+        return weight * distance
 
     return term

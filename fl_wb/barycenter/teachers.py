@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.generators.code import Code
+from fl_wb.persistence.tensor_files import digest
 from fl_wb.training.distillation import Pairs
 from fl_wb.transport import displacement
 
@@ -35,6 +36,11 @@ class Measure:
     generator: Callable[[], nn.Module]
     weight: float
     digest: str
+
+    @classmethod
+    def of(cls, generator: nn.Module, weight: float, name: str = "") -> Measure:
+        """Return the measure of a generator that is there already."""
+        return cls(lambda: generator, weight, name or digest(generator.state_dict()))
 
 
 class UselessMeasure(ValueError):
@@ -137,4 +143,4 @@ def latents(n: int, dim: int, rng: torch.Generator) -> Tensor:
 def pool_size(generator: nn.Module, dim: int, wanted: int, device: torch.device) -> int:
     """Return how many pairs of a generator's samples are drawn: no more than fit a pool."""
     bytes_each = 4 * (dim + generator(torch.zeros(2, dim, device=device))[0].numel())
-    return max(min(wanted, PAIRS, BYTES // bytes_each), 1)
+    return max(min(wanted, PAIRS, BYTES // int(bytes_each)), 1)

@@ -29,6 +29,8 @@ Sampler = Callable[[int, torch.Generator], Tensor]
 Regularizer = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 """Adds a term to the generator's loss: from the generator, its latents and its fakes."""
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 Progress = Callable[[int, int, dict[str, float]], None]
 """Told (iterations done, iterations in all, losses by name) after every iteration."""
 
@@ -265,7 +267,7 @@ def moving_average(module: nn.Module, decay: float) -> AveragedModel:
     is not held back by its start.
     """
 
-    def step(mine: list[Tensor], theirs: list[Tensor], done: Tensor | int) -> None:
+    def step(mine: Tensors, theirs: Tensors, done: Tensor | int) -> None:
         if mine[0].is_floating_point():
             torch._foreach_lerp_(mine, theirs, 1 - min(decay, int(done) / (int(done) + 9)))
         else:  # counters are not averaged
