@@ -81,7 +81,7 @@ def received(
     generator: Callable[[], nn.Module],
     *,
     key: str = keys.ARRAYS,
-    prefixes: tuple[str, ...] | None = None,
+    prefixes: generator_part.Part | None = None,
 ) -> tuple[nn.Module, str]:
     """Return the generator that a message carries, and what its arrays' names begin with there.
 

@@ -95,9 +95,10 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         multilayer perceptron.
     latent_dim : int, optional
         Needed if the generator has no attribute ``latent_dim``.
-    generator_keys : sequence of str, optional
+    generator_keys : sequence of str or slice, optional
         Prefixes of the generator's arrays where the model has others too, e.g.
-        ``("fc3.", "decoder.")`` of a VAE.
+        ``("fc3.", "decoder.")`` of a VAE; or their places, e.g. ``slice(0, 14)`` of the list that
+        a `NumPyClient` sends.
     refit : callable, optional
         Called after each merge with the state dict of the whole model, the generator merged, the
         rest averaged; returns a state dict in which the rest was fitted to the new generator (see
@@ -149,7 +150,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         generator: Callable[[], nn.Module],
         critic: Callable[[], nn.Module] | None = None,
         latent_dim: int | None = None,
-        generator_keys: Sequence[str] | None = None,
+        generator_keys: Sequence[str] | slice | None = None,
         refit: Callable[[State], Mapping[str, Tensor]] | None = None,
         stage: Stage | None = None,
         geodesic: str | None = None,
@@ -237,7 +238,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         log(INFO, "\t\t├── Measures a stage: up to %d", self.fan_in)
         log(INFO, "\t\t├── Nodes go on from: '%s'", self.continue_from)
         if self.generator_keys is not None:
-            log(INFO, "\t\t├── Of the arrays: %s", ", ".join(self.generator_keys))
+            log(INFO, "\t\t├── Of the arrays: %s", self.generator_keys)
         log(INFO, "\t\t└── Stages kept in: %s", self.store.folder or "memory")
 
     def configure_train(

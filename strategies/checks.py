@@ -14,7 +14,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import latent_dim_of, sampling
-from fl_wb.messages import generator_part, records
+from fl_wb.messages import numpy_client, records
+from fl_wb.strategies.model import own_arrays
 from fl_wb.training.wgan import critic_loss
 
 
@@ -58,7 +59,7 @@ def check_networks(
     own = network.state_dict()
     _check_weights(network, own)
     try:
-        state = records.validate(generator_part.own(arrays, own)[0], own)
+        state = records.validate(own_arrays(arrays, own), own)
     except records.InvalidUpload as error:
         raise ValueError(
             f"initial_arrays do not fit the generator: {error}{_hint(arrays, own)}"
@@ -95,10 +96,10 @@ def _check_weights(network: nn.Module, own: Mapping[str, Tensor]) -> None:
 
 def _hint(arrays: ArrayRecord, own: Mapping[str, Tensor]) -> str:
     """Return what probably is the cause where names differ, or nothing."""
-    if arrays and all(name.isdecimal() for name in arrays):
+    if numpy_client.is_list(arrays):
         return (
-            f" (they are named {next(iter(arrays))!r}, ..., as the list of a NumPyClient is: give "
-            "ArrayRecord(generator.state_dict()), and have clients send the same names)"
+            " (they are a list, taken in the order of the generator's state dict: where it has "
+            f"more than the generator's {len(own)}, give generator_keys=slice(...))"
         )
     if 0 < len(arrays) < len(own) and all(name in own for name in arrays):
         return (

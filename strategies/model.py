@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor, nn
 
-from fl_wb.messages import generator_part, records
+from fl_wb.messages import generator_part, numpy_client, records
 
 State = dict[str, Tensor]
 
@@ -23,8 +23,8 @@ class Model:
         The initial model: names, shapes and types of everything that travels.
     network : nn.Module
         A generator whose arrays are among them.
-    prefixes : tuple of str, optional
-        Of the generator's arrays; None if there are no others.
+    part : tuple of str or slice, optional
+        Prefixes or places of the generator's arrays; None if there are no others.
     refit : callable, optional
         As in `AdaptiveCoalescence`.
     """
@@ -33,34 +33,30 @@ class Model:
         self,
         arrays: ArrayRecord,
         network: nn.Module,
-        prefixes: tuple[str, ...] | None,
+        part: generator_part.Part | None,
         refit: Callable[[State], Mapping[str, Tensor]] | None,
     ) -> None:
-        generative, others = generator_part.split(arrays, prefixes)
+        generative, others = generator_part.split(arrays, part)
         own = network.state_dict()
-        self._initial, self._prefixes, self._refit = arrays, prefixes, refit
-        # What the model's names have before the generator's own.
-        self._head = generator_part.own(generative, own)[1]
+        self._initial, self._refit = arrays, refit
+        names = dict(zip(own_arrays(generative, own), generative, strict=True))
+        self._names = {name: names[name] for name in own}  # the model's, by the generator's own
         self._others = {name: _template(name, array) for name, array in others.items()}
-        self._all = {self._head + name: value.cpu() for name, value in own.items()} | self._others
+        self._all = {self._names[name]: value.cpu() for name, value in own.items()} | self._others
 
     def read(self, arrays: ArrayRecord) -> State:
-        """Return an upload's arrays, checked.
+        """Return an upload's arrays, checked, under the model's names; a list is in their order.
 
         Raises
         ------
         InvalidUpload
             If they are not what this model is made of; see `fl_wb.messages.records.validate`.
         """
-        return records.validate(arrays, self._all)
+        return records.validate(numpy_client.named(arrays, self._initial), self._all)
 
     def generator(self, state: State) -> State:
         """Return the generator's arrays, under its own names."""
-        return {
-            name.removeprefix(self._head): value
-            for name, value in state.items()
-            if name not in self._others
-        }
+        return {own: state[name] for own, name in self._names.items()}
 
     def record(self, state: State) -> ArrayRecord:
         """Return a model as it travels: names, order and types of the initial arrays."""
@@ -68,7 +64,7 @@ class Model:
 
     def whole(self, generator: State, others: State) -> ArrayRecord:
         """Put a merged generator, under its own names, and all other arrays together."""
-        whole = {self._head + name: value for name, value in generator.items()}
+        whole = {self._names[own]: value for own, value in generator.items()}
         whole |= {name: others[name] for name in self._others}
         if self._refit is not None:
             whole |= self._refitted(whole)
@@ -83,10 +79,22 @@ class Model:
         assert self._refit is not None
         fitted = self._refit({name: whole[name].clone() for name in self._initial})
         try:
-            found = ArrayRecord({name: fitted[name].detach() for name in fitted})
-            return records.validate(generator_part.split(found, self._prefixes)[1], self._others)
+            own = set(self._names.values())
+            found = {name: fitted[name].detach() for name in fitted if name not in own}
+            return records.validate(ArrayRecord(found), self._others)
         except records.InvalidUpload as error:
             raise ValueError(f"refit returned arrays that do not fit: {error}") from error
+
+
+def own_arrays(arrays: ArrayRecord, own: Mapping[str, Tensor]) -> ArrayRecord:
+    """Return a generator's arrays under its own names, in the order in which they were.
+
+    Raises
+    ------
+    InvalidUpload
+        If they are a list, longer or shorter than the generator's state.
+    """
+    return generator_part.own(numpy_client.named(arrays, own), own)[0]
 
 
 def average(parts: Iterable[tuple[State, float]]) -> State:

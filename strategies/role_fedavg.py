@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords, sample_nodes
 from torch import Tensor
 
-from fl_wb.messages import keys, records
+from fl_wb.messages import keys, numpy_client, records
 from fl_wb.messages import replies as checked
 from fl_wb.messages.keys import BOTH, ROLE, ROLES, SOURCE, TARGET
 from fl_wb.messages.records import InvalidUpload
@@ -185,7 +185,10 @@ class RoleFedAvg(FedAvg):
         message_type: str,
     ) -> list[Message]:
         config["server-round"] = self._round = server_round
-        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        names = (self.arrayrecord_key, self.configrecord_key)
+        if message_type == MessageType.EVALUATE:
+            names = (numpy_client.evaluation_key(names[0]), numpy_client.evaluation_key(names[1]))
+        record = RecordDict(dict(zip(names, (arrays, config), strict=True)))
         self._sent = list(self._construct_messages(record, node_ids, message_type))
         return self._sent
 
@@ -229,7 +232,7 @@ class RoleFedAvg(FedAvg):
             node_id = _node_of(message, self._sent)
             try:
                 checked.check(message.content)
-                received.append((node_id, message.content))
+                received.append((node_id, numpy_client.plain(message.content)))
             except InvalidUpload as error:
                 log(WARNING, "%s: dropped the reply of node %d: %s", name, node_id, error)
         self._sent = []  # they hold the round's arrays
@@ -255,7 +258,8 @@ class RoleFedAvg(FedAvg):
 
     def _upload(self, content: RecordDict, template: Mapping[str, Tensor]) -> Whole:
         """Check one upload; an InvalidUpload says what is wrong with it."""
-        state = records.validate(checked.model(content), template)
+        arrays = numpy_client.named(checked.model(content), template)
+        state = records.validate(arrays, template)
         return Whole(self._weight(content), state, content.array_records.get(keys.CRITIC))
 
     def _bounded(self, weights: Sequence[tuple[int, float]]) -> list[float]:
@@ -347,7 +351,7 @@ def _role_in(reply: Message) -> str:
     """Return the role in a node's answer, or raise InvalidUpload."""
     if reply.has_error():
         reason = str(reply.error.reason)
-        if "No query function" in reason:
+        if "No query function" in reason or numpy_client.NO_QUERY in reason:
             return BOTH
         raise InvalidUpload(f"asked for its role, it failed: {reason[:200]}")
     checked.check(reply.content)

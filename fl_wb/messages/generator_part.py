@@ -1,4 +1,4 @@
-"""The generative part of a larger model: which arrays are the generator's, by their prefixes.
+"""The generative part of a larger model: which arrays are the generator's, by name or place.
 
 A VAE's clients send encoder and decoder in one ArrayRecord; only the decoder generates. Server and
 clients tell the two apart here, alike.
@@ -10,9 +10,12 @@ from collections.abc import Collection, Iterable
 
 from flwr.app import ArrayRecord
 
+Part = tuple[str, ...] | slice
+"""Prefixes of the generator's arrays, or their places in a list that has others too."""
 
-def check_prefixes(prefixes: Iterable[str] | None) -> tuple[str, ...] | None:
-    """Return prefixes as a tuple, or None where the whole model is the generator.
+
+def check_prefixes(prefixes: Iterable[str] | slice | None) -> Part | None:
+    """Return prefixes as a tuple, a slice as it is, or None where the whole model is the generator.
 
     Raises
     ------
@@ -21,8 +24,8 @@ def check_prefixes(prefixes: Iterable[str] | None) -> tuple[str, ...] | None:
     ValueError
         If there are none, or one is empty.
     """
-    if prefixes is None:
-        return None
+    if prefixes is None or isinstance(prefixes, slice):
+        return prefixes
     if isinstance(prefixes, str):
         raise TypeError(
             f"generator_keys must be several prefixes, such as ({prefixes!r},), not one string"
@@ -35,16 +38,21 @@ def check_prefixes(prefixes: Iterable[str] | None) -> tuple[str, ...] | None:
     return found
 
 
-def split(arrays: ArrayRecord, prefixes: tuple[str, ...] | None) -> tuple[ArrayRecord, ArrayRecord]:
+def split(arrays: ArrayRecord, prefixes: Part | None) -> tuple[ArrayRecord, ArrayRecord]:
     """Return the generator's arrays, and all others.
 
     Raises
     ------
     ValueError
-        If a prefix is that of no array.
+        If a prefix is that of no array, or a slice is of none.
     """
     if prefixes is None:
         return arrays, ArrayRecord()
+    if isinstance(prefixes, slice):
+        generative = {name: arrays[name] for name in list(arrays)[prefixes]}
+        if not generative:
+            raise ValueError(f"generator_keys: the slice has none of the {len(arrays)} arrays")
+        return ArrayRecord(generative), _without(arrays, generative)
     for prefix in prefixes:
         if not any(name.startswith(prefix) for name in arrays):
             raise ValueError(
@@ -52,8 +60,7 @@ def split(arrays: ArrayRecord, prefixes: tuple[str, ...] | None) -> tuple[ArrayR
                 f"with {', '.join(head[:80] for head in _beginnings(arrays)[:20])}"
             )
     generative = {n: array for n, array in arrays.items() if n.startswith(prefixes)}
-    others = {n: array for n, array in arrays.items() if n not in generative}
-    return ArrayRecord(generative), ArrayRecord(others)
+    return ArrayRecord(generative), _without(arrays, generative)
 
 
 def own(arrays: ArrayRecord, names: Collection[str]) -> tuple[ArrayRecord, str]:
@@ -76,6 +83,10 @@ def own(arrays: ArrayRecord, names: Collection[str]) -> tuple[ArrayRecord, str]:
         if all(name.startswith(head) for name in arrays) and not found.keys().isdisjoint(names):
             return ArrayRecord(found), head
     return arrays, ""
+
+
+def _without(arrays: ArrayRecord, names: Collection[str]) -> ArrayRecord:
+    return ArrayRecord({n: array for n, array in arrays.items() if n not in names})
 
 
 def _beginnings(names: Collection[str]) -> list[str]:

@@ -1,0 +1,1 @@
+"""A Flower app of NumPyClients: a GAN of digits."""
