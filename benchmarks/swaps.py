@@ -1,6 +1,6 @@
 """The figures of the examples: each is run as its users run it, before and after the swap.
 
-    python -m benchmarks.swaps [gan] [vae] [tabular]
+    python -m benchmarks.swaps [gan] [vae] [tabular] [numpy_client]
 
 Every run is a real `flwr run` of two simulated nodes. The examples set their own seeds (0 on the
 server, the partition's number on a node). Prints what the server's evaluation and the nodes' said
@@ -31,6 +31,7 @@ RUNS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
         ("after", "after", {}),
     ],
     "tabular": [("before", "before", {}), ("after", "after", {})],
+    "numpy_client": [("before", "before", {}), ("after", "after", {})],
 }
 NODES = re.compile(r"configure_evaluate:.*?Aggregated MetricRecord: (\{.*?\})", re.DOTALL)
 SERVER = re.compile(r"Global evaluation.*?MetricRecord: (\{.*?\})", re.DOTALL)
@@ -57,13 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="|".join(RUNS), help="all if none is given")
     for name in parser.parse_args().names or RUNS:
-        print(f"\n| {name} | figure | round 1 | round 2 | seconds |\n|---|---|---|---|---|")
+        print(f"\n| {name} | figure | after each round | seconds |\n|---|---|---|---|")
         for title, version, edits in RUNS[name]:
             log, seconds = run(name, version, edits)
             for who, pattern in (("server", SERVER), ("nodes", NODES)):
                 rounds = [ast.literal_eval(found) for found in pattern.findall(log)]
-                for figure in rounds[0]:
-                    values = " | ".join(f"{found[figure]:.3f}" for found in rounds)
+                for figure in rounds[0] if rounds else ():
+                    values = ", ".join(f"{found[figure]:.3f}" for found in rounds)
                     print(f"| {title} | {who}: {figure} | {values} | {seconds:.0f} |", flush=True)
 
 

@@ -61,10 +61,11 @@ def plain(content: RecordDict) -> RecordDict:
         if status.get("code") != 0:
             raise InvalidUpload(f"its client says: {str(status.get('message'))[:200]!r}")
         said = content.config_records.get(f"{result}.metrics", ConfigRecord())
-        figures: dict[str, int | float | list[int] | list[float]] = {
-            name: value for name, value in said.items() if type(value) in (int, float)
-        }  # type: ignore[misc]
+        figures = MetricRecord()
+        for name, value in said.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                figures[name] = value
         for record in content.metric_records.values():
             figures.update(record)
-        return RecordDict({**content.array_records, keys.METRICS: MetricRecord(figures)})
+        return RecordDict({**content.array_records, keys.METRICS: figures})
     return content
