@@ -23,6 +23,26 @@ def copy_repository(folder: Path) -> Path:
     return folder
 
 
+def app_toml(name: str, *config: str) -> str:
+    """Return the pyproject.toml of a Flower app of one module, whose settings are texts."""
+    settings = "\n".join(f'{key} = ""' for key in config)
+    return f"""
+[project]
+name = "{name}"
+version = "1.0.0"
+
+[tool.flwr.app]
+publisher = "tests"
+
+[tool.flwr.app.components]
+serverapp = "{name}:server"
+clientapp = "{name}:client"
+
+[tool.flwr.app.config]
+{settings}
+"""
+
+
 def make_environment(folder: Path, checkout: Path) -> Path:
     """Make a virtual environment with the checkout's wheel; returns its folder of programs.
 

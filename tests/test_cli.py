@@ -24,6 +24,7 @@ from fl_wb.app.config import ConfigError, compose, from_run_config
 from fl_wb.commands import cli, watchdog
 from fl_wb.commands.launcher import RunFailed, launch, submit
 from fl_wb.data.readers import DataError
+from tests.fresh import app_toml
 
 Command = Callable[..., list[dict[str, Any]]]
 
@@ -58,23 +59,6 @@ def end(number, frame):
 signal.signal(signal.SIGTERM, end)
 print("ready", flush=True)
 time.sleep(60)
-"""
-APP_TOML = """
-[project]
-name = "fake"
-version = "1.0.0"
-
-[tool.flwr.app]
-publisher = "tests"
-
-[tool.flwr.app.components]
-serverapp = "fake:server"
-clientapp = "fake:client"
-
-[tool.flwr.app.config]
-config = ""
-overrides = ""
-output = ""
 """
 
 
@@ -254,7 +238,7 @@ def test_what_no_superlink_could_run_is_refused(overrides: str, message: str) ->
 @pytest.fixture
 def real_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run `fl-wb` in this process, with an app of ours instead of FL-WB's."""
-    (tmp_path / "pyproject.toml").write_text(APP_TOML)
+    (tmp_path / "pyproject.toml").write_text(app_toml("fake", "config", "overrides", "output"))
     (tmp_path / "fake.py").write_text(APP)
 
     def run(*arguments: str) -> None:

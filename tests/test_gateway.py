@@ -13,6 +13,7 @@ from urllib.error import HTTPError
 import pytest
 
 from tests.deployment import Deployment, documented, free_port, wait
+from tests.fresh import app_toml
 
 pytestmark = [
     pytest.mark.timeout(600),
@@ -32,21 +33,6 @@ server = ServerApp()
 @server.main()
 def main(grid, context):
     Path(context.run_config["output"]).touch()
-"""
-APP_TOML = """
-[project]
-name = "strange"
-version = "1.0.0"
-
-[tool.flwr.app]
-publisher = "strangers"
-
-[tool.flwr.app.components]
-serverapp = "strange:server"
-clientapp = "strange:client"
-
-[tool.flwr.app.config]
-output = ""
 """
 
 
@@ -102,7 +88,7 @@ def test_on_the_superlinks_own_port_a_stranger_with_ca_crt_is_a_user(
     app, ran = tmp_path / "strange", tmp_path / "ran"
     app.mkdir()
     (app / "strange.py").write_text(APP)
-    (app / "pyproject.toml").write_text(APP_TOML)
+    (app / "pyproject.toml").write_text(app_toml("strange", "output"))
     deployment.flwr("run", str(app), "stranger", "--run-config", f'output="{ran}"')
     wait(ran.exists)
 

@@ -15,6 +15,7 @@ import pytest
 from fl_wb.commands import launcher
 from fl_wb.commands.launcher import RunFailed, launch
 from tests.deployment import wait
+from tests.fresh import app_toml
 
 APP = """
 import os
@@ -45,21 +46,6 @@ def main(grid, context):
     (output / "answered").write_text("\\n".join([str(answered), *map(os.environ.get, names)]))
     while (output / "wait").exists():
         time.sleep(0.1)
-"""
-APP_TOML = """
-[project]
-name = "asks"
-version = "1.0.0"
-
-[tool.flwr.app]
-publisher = "tests"
-
-[tool.flwr.app.components]
-serverapp = "asks:server"
-clientapp = "asks:client"
-
-[tool.flwr.app.config]
-output = ""
 """
 LAUNCH = """
 import sys
@@ -98,7 +84,7 @@ def folder(tmp_path: Path) -> Path:
     """Make the folder of an app whose server asks both nodes."""
     (tmp_path / "asks").mkdir()
     (tmp_path / "asks" / "asks.py").write_text(APP)
-    (tmp_path / "asks" / "pyproject.toml").write_text(APP_TOML)
+    (tmp_path / "asks" / "pyproject.toml").write_text(app_toml("asks", "output"))
     return tmp_path
 
 
