@@ -7,12 +7,16 @@ import io
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.client import Client, NumPyClient
+from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_wb.messages import generator_part, numpy_client
 from fl_wb.messages.records import InvalidUpload, validate
+from fl_wb.strategies import RoleFedAvg
 from fl_wb.strategies.model import Model
+from fl_wb.testing.in_process_grid import InProcessGrid
 
 
 def undeclared(values: np.ndarray) -> Array:
@@ -104,3 +108,36 @@ def test_a_status_of_failure_is_the_reason() -> None:
 def test_evaluation_has_keys_of_its_own() -> None:
     assert numpy_client.evaluation_key("fitins.parameters") == "evaluateins.parameters"
     assert numpy_client.evaluation_key("arrays") == "arrays"
+
+
+class AddsItsNumber(NumPyClient):
+    """Adds its partition's number to every array; it has no `evaluate`."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def fit(self, parameters, config):  # type: ignore[no-untyped-def]
+        return [values + self.number for values in parameters], 1 + self.number, {}
+
+
+def test_clients_without_evaluate_are_averaged_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    # Prepare
+    def client_fn(context: Context) -> Client:
+        return AddsItsNumber(int(context.node_config["partition-id"])).to_client()
+
+    strategy = RoleFedAvg(
+        weighted_by_key="num_examples",
+        arrayrecord_key="fitins.parameters",
+        configrecord_key="fitins.config",
+    )
+    initial = ArrayRecord({"w": torch.zeros(2, 3), "b": torch.ones(3)})
+
+    # Execute
+    result = strategy.start(InProcessGrid(ClientApp(client_fn), nodes=2), initial, num_rounds=1)
+
+    # Assert: the mean of 0 and 1, weighted 1 and 2
+    found = result.arrays.to_torch_state_dict()
+    assert torch.allclose(found["w"], torch.full((2, 3), 2 / 3))
+    assert torch.allclose(found["b"], torch.full((3,), 1 + 2 / 3))
+    assert caplog.text.count("its client says: 'Client does not implement `evaluate`'") == 2
+    assert not result.evaluate_metrics_clientapp.get(1)
