@@ -1,0 +1,1 @@
+"""A Flower app: a DCGAN of digits."""
