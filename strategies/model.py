@@ -27,6 +27,11 @@ class Model:
         Of the generator's arrays; None if there are no others.
     refit : callable, optional
         As in `AdaptiveCoalescence`.
+
+    Attributes
+    ----------
+    all
+        Arrays of the names, shapes and types that an upload has.
     """
 
     def __init__(
@@ -42,7 +47,7 @@ class Model:
         # What the model's names have before the generator's own.
         self._head = generator_part.own(generative, own)[1]
         self._others = {name: _template(name, array) for name, array in others.items()}
-        self._all = {self._head + name: value.cpu() for name, value in own.items()} | self._others
+        self.all = {self._head + name: value.cpu() for name, value in own.items()} | self._others
 
     def read(self, arrays: ArrayRecord) -> State:
         """Return an upload's arrays, checked.
@@ -52,7 +57,7 @@ class Model:
         InvalidUpload
             If they are not what this model is made of; see `fl_wb.messages.records.validate`.
         """
-        return records.validate(arrays, self._all)
+        return records.validate(arrays, self.all)
 
     def generator(self, state: State) -> State:
         """Return the generator's arrays, under its own names."""
