@@ -13,6 +13,7 @@ the run before. Finished runs are skipped, so that a command that was stopped ca
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import multiprocessing
 import re
@@ -26,7 +27,8 @@ from pathlib import Path
 import torch
 from flwr.app import Context, RecordDict
 
-from fl_wb.app.config import compose
+from fl_wb.app.config import Config, compose
+from fl_wb.app.provenance import comparable, provenance
 from fl_wb.client_app import app as client_app
 from fl_wb.server_app import app as server_app
 from fl_wb.testing.in_process_grid import InProcessGrid
@@ -115,11 +117,14 @@ class Group:
         began, config = time.perf_counter(), compose(overrides)
         made = str(config.strategy)
         if (output / "metrics.json").exists():
-            if (output / "barycenter").exists():
+            check_version(output / "metrics.json", config)
+            if (output / "barycenter" / "stages").exists():
                 self.trained[made] = output / "barycenter"
             return
         if made in self.trained:
-            shutil.copytree(self.trained[made], output / "barycenter", dirs_exist_ok=True)
+            # the stages alone: the nodes of another run are none of this one's
+            stages = output / "barycenter" / "stages"
+            shutil.copytree(self.trained[made] / "stages", stages, dirs_exist_ok=True)
         settings = {"overrides": overrides, "output": str(output)}
         grid = InProcessGrid(client_app, run_config=settings)
         nodes = config.data.source_count + len(config.data.targets)
@@ -127,9 +132,16 @@ class Group:
             cache = str(self.folder / "sources")
             grid.add({"partition-id": node, "num-partitions": nodes, "cache": cache})
         server_app(grid, Context(1, 1, {}, RecordDict(), settings))
-        if (output / "barycenter").exists():
+        if (output / "barycenter" / "stages").exists():
             self.trained[made] = output / "barycenter"
         print(f"{time.perf_counter() - began:6.1f} s  {output.name}", flush=True)
+
+
+def check_version(result: Path, config: Config) -> None:
+    """Refuse to mix the results of two versions; SystemExit says which file is of another."""
+    found = comparable(json.loads(result.read_text()).get("made-by", {}))
+    if found != (ours := comparable(provenance(config))):
+        raise SystemExit(f"{result} is of version {found}, not {ours}: use another --output")
 
 
 def main() -> None:

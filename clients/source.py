@@ -12,9 +12,11 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
+from fl_wb.generators.copies import copy_of
+from fl_wb.generators.sampling import latent_dim_of
 from fl_wb.messages import keys, records
 from fl_wb.persistence.stage_store import StageStore
-from fl_wb.persistence.tensor_files import digest
+from fl_wb.persistence.tensor_files import digest, fingerprint
 from fl_wb.training.checkpoints import Checkpoint
 from fl_wb.training.wgan import Progress, Trained, Training, resample, train_wgan
 
@@ -23,6 +25,9 @@ _GENERATOR, _METRICS = "fl_wb.source.generator", "fl_wb.source.metrics"
 _JUDGE = "fl_wb.source.critic"
 _FIGURE = "figure/"  # in a store, beside the generator's own names,
 _CRITIC = "critic/"  # and the critic's
+
+VERSION = 1
+"""Of the training: a store's generators of another one are not taken for its own."""
 
 
 def train_source(
@@ -144,7 +149,8 @@ def source_train(
         if len(data) == 0:
             raise ValueError(f"node {context.node_id} has no samples to train on")
         # Named by where training starts, too: a round of FedAvg finds nothing of the one before.
-        key = _key(network, _seeded(critic, seed), data, settings, seed)
+        dim = latent_dim_of(network, latent_dim)
+        key = _key(network, _seeded(critic, seed), dim, data, settings, seed, device)
         found = store.get(key) if store else None
         if found is None:
             trained, figures = train_source(
@@ -185,14 +191,25 @@ def _seeded(critic: Callable[[], nn.Module], seed: int) -> nn.Module:
         return critic()
 
 
-def _key(network: nn.Module, critic: nn.Module, data: Tensor, settings: Training, seed: int) -> str:
-    """Name what a training starts from, so that a store never answers for another one."""
+def _key(
+    network: nn.Module,
+    critic: nn.Module,
+    dim: int,
+    data: Tensor,
+    settings: Training,
+    seed: int,
+    device: str,
+) -> str:
+    """Name all that a training depends on, what the networks' code does included."""
+    z = torch.linspace(-2, 2, 4 * dim).reshape(4, dim)
     went_in = {
+        "version": VERSION,
         "kept": "generator, critic",
-        "generator": digest(network.state_dict()),
-        "critic": digest(critic.state_dict()),
+        "generator": fingerprint(copy_of(network).eval(), z),
+        "critic": fingerprint(copy_of(critic).eval(), data[:4]),
         "data": digest({"data": data}),
         "training": asdict(settings),
         "seed": seed,
+        "device": torch.device(device).type,
     }
     return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()

@@ -20,6 +20,7 @@ from fl_wb.app.factories import factories, seeded
 from fl_wb.app.results import Results
 from fl_wb.data import datasets
 from fl_wb.messages import records
+from fl_wb.persistence.locks import locked
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.reporting.tracker import Tracker
 from fl_wb.strategies import AdaptiveCoalescence, EdgeOnly, Ensemble, RoleFedAvg, Transfer
@@ -37,16 +38,26 @@ def main(grid: Grid, context: Context) -> None:
     Raises
     ------
     OSError
-        If the output folder cannot be written.
+        If the output folder, the model or the result file cannot be written.
     RuntimeError
-        If no source delivered a generator, or no target evaluated one.
+        If another run uses the output folder, no source delivered a generator, or no target
+        evaluated one.
     """
     torch.set_num_threads(1)  # one thread: the same result bit for bit, and small networks faster
     config = from_run_config(context.run_config)
     output = Path(config.output or new_folder(f"{Path.home()}/fl-wb/{datetime.now():{TIME}}"))
+    with locked(output):
+        table = _run(grid, config, output, str(context.run_config.get("overrides", "")))
+    for line in table.splitlines():
+        log(INFO, line)
+    log(INFO, "Results: %s", output)
+
+
+def _run(grid: Grid, config: Config, output: Path, overrides: str) -> str:
+    """Run the federation in a folder of its own; return the table of its results."""
     tracker = Tracker(output)
     generator, _ = factories(config)
-    results = Results(tracker, config, generator, str(context.run_config.get("overrides", "")))
+    results = Results(tracker, config, generator, overrides)
     log(INFO, "Results go to %s", output)
     try:
         if config.superlink is None and (config.data.shape is None or config.data.name == "hub"):
@@ -64,12 +75,9 @@ def main(grid: Grid, context: Context) -> None:
         except Exception as error:
             results.finish(Result(), error)
             raise
-        table = results.finish(result)
+        return results.finish(result)
     finally:
         tracker.close()
-    for line in table.splitlines():
-        log(INFO, line)
-    log(INFO, "Results: %s", output)
 
 
 def make_strategy(config: Config, results: Results) -> RoleFedAvg:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from logging import INFO, WARNING
@@ -38,6 +39,7 @@ from fl_wb.messages import generator_part, records
 from fl_wb.messages import replies as checked
 from fl_wb.messages.screening import outliers
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
+from fl_wb.persistence.locks import InUseError, locked
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.reporting.progress import progress
@@ -47,6 +49,7 @@ from fl_wb.strategies.checks import (
     check_not_wrapped,
     check_settings,
 )
+from fl_wb.strategies.memory import Memory
 from fl_wb.strategies.model import Model, State, average
 from fl_wb.strategies.role_fedavg import Observer, RoleFedAvg
 from fl_wb.strategies.uploads import Upload, Uploads
@@ -117,8 +120,10 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     seed : int
         Same uploads and same seed: same barycenter, bit for bit on the same machine.
     store : StageStore or path, optional
-        Folder of finished and interrupted stages: a server that was killed takes up from there
-        when it is started again with the same settings. By default they live in memory.
+        Folder of finished and interrupted stages, and of the nodes' uploads at the end of each
+        round: a server that was killed takes up from there, and one that ended is extended by the
+        next `start` with the same model. One run at a time may use it. By default all of it lives
+        in memory.
     device : str
         Where stages are trained, e.g. "cuda".
     patience : int, optional
@@ -209,18 +214,34 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self._patience = patience
         self._model: Model | None = None
         self._uploads = Uploads()
+        self._memory: Memory | None = None
         self._merged: State | None = None  # the barycenter, under the generator's own names
+        self._given = False  # to whoever waits for this start's model
         self._average: ArrayRecord | None = None  # of the uploads, while a round is configured
         self._last_round: int | None = None
         self._evaluated = True  # by the server itself
 
     def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Result:
-        """Execute the strategy; see `flwr.serverapp.strategy.FedAvg.start`."""
+        """Execute the strategy; see `flwr.serverapp.strategy.FedAvg.start`.
+
+        Raises
+        ------
+        InUseError
+            If another run uses the store's folder.
+        """
         given = inspect.signature(super().start).bind(grid, initial_arrays, *args, **kwargs)
         given.apply_defaults()
         self._last_round = given.arguments["num_rounds"]
         self._evaluated = given.arguments["evaluate_fn"] is not None
-        return super().start(grid, initial_arrays, *args, **kwargs)
+        with ExitStack() as held:
+            if self.store.folder is not None:
+                try:
+                    held.enter_context(locked(self.store.folder))
+                except InUseError:
+                    raise
+                except OSError as error:
+                    log(WARNING, "the store %s cannot be used: %s", self.store.folder, error)
+            return super().start(grid, initial_arrays, *args, **kwargs)
 
     def summary(self) -> None:
         """Log summary configuration of the strategy.
@@ -273,10 +294,12 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             try:
                 arrived[node_id] = self._read(content)
             except records.InvalidUpload as error:
-                self._drop(node_id, str(error))
-        self._uploads.put(server_round, arrived)
+                self._say_dropped(node_id, str(error))
+        self._uploads.put(server_round, arrived, self._connected)
         self._screen()
         arrays = self._merge_if_needed(server_round)
+        if self._memory is not None:
+            self._memory.save(self._uploads, self._merged, server_round)
         good = arrived.keys() & self._uploads.of_nodes().keys()
         if not good:
             log(WARNING, "no valid upload in round %d: the model stays", server_round)
@@ -288,12 +311,18 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         return arrays, metrics
 
     def _begin(self, arrays: ArrayRecord) -> None:
-        """Start from scratch, as `start` means it, once everything is seen to fit."""
+        """Start from scratch, or where the store's last run ended, once all is seen to fit."""
         check_device(self.device)
         generative, _ = generator_part.split(arrays, self.generator_keys)
         network = check_networks(generative, self.generator, self.critic, self.latent_dim)
         self._model = Model(arrays, network, self.generator_keys, self.refit)
-        self._uploads, self._merged = Uploads(), None
+        self._uploads, self._merged, self._given = Uploads(), None, False
+        self._memory = None
+        if self.store.folder is not None:
+            self._memory = Memory(self.store.folder / "nodes", self._model.all)
+            self._uploads, self._merged = self._memory.load()
+            if nodes := len(self._uploads):
+                log(INFO, "Taken up: the generators of %d nodes in %s", nodes, self.store.folder)
         self._strikes.clear()
 
     def _read(self, content: RecordDict) -> tuple[float, str, State]:
@@ -339,8 +368,11 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             self._drop(nodes[index], f"{why} (screening={self.screening})")
 
     def _drop(self, node_id: int, why: str) -> None:
-        log(WARNING, "aggregate_train: dropped the upload of node %d: %s", node_id, why)
+        self._say_dropped(node_id, why)
         self._uploads.drop(node_id)
+
+    def _say_dropped(self, node_id: int, why: str) -> None:
+        log(WARNING, "aggregate_train: dropped the upload of node %d: %s", node_id, why)
 
     def _network(self, state: State) -> nn.Module:
         network = self.generator()
@@ -363,7 +395,11 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         )
         if not needed:
             log(INFO, "aggregate_train: nobody is given this round's model: nothing is merged")
-        if not (needed and self._uploads.changed):
+        if not needed:
+            return None
+        if self._merged is not None and not self._uploads.changed:
+            return None if self._given else self._whole(self._merged)
+        if not self._uploads.changed:
             return None
         if folded := self._uploads.fold(self._connected, self._barycenter):
             log(INFO, "aggregate_train: folded the generators of %d nodes that left", folded)
@@ -371,7 +407,12 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         if merged is None:
             return None
         self._merged, self._uploads.changed = merged, False
+        return self._whole(merged)
+
+    def _whole(self, merged: State) -> ArrayRecord:
+        """Put the barycenter and the average of all else together."""
         assert self._model is not None
+        self._given = True
         others: State = {}
         if self._model.has_others:
             latest = self._uploads.latest()

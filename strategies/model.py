@@ -27,6 +27,11 @@ class Model:
         Prefixes or places of the generator's arrays; None if there are no others.
     refit : callable, optional
         As in `AdaptiveCoalescence`.
+
+    Attributes
+    ----------
+    all
+        Arrays of the names, shapes and types that an upload has.
     """
 
     def __init__(
@@ -42,7 +47,7 @@ class Model:
         names = dict(zip(own_arrays(generative, own), generative, strict=True))
         self._names = {name: names[name] for name in own}  # the model's, by the generator's own
         self._others = {name: _template(name, array) for name, array in others.items()}
-        self._all = {self._names[name]: value.cpu() for name, value in own.items()} | self._others
+        self.all = {self._names[name]: value.cpu() for name, value in own.items()} | self._others
 
     def read(self, arrays: ArrayRecord) -> State:
         """Return an upload's arrays, checked, under the model's names; a list is in their order.
@@ -52,7 +57,7 @@ class Model:
         InvalidUpload
             If they are not what this model is made of; see `fl_wb.messages.records.validate`.
         """
-        return records.validate(numpy_client.named(arrays, self._initial), self._all)
+        return records.validate(numpy_client.named(arrays, self._initial), self.all)
 
     def generator(self, state: State) -> State:
         """Return the generator's arrays, under its own names."""

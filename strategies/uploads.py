@@ -84,11 +84,31 @@ class Uploads:
             raise FileNotFoundError(f"the upload {upload.key} is gone from {self._states.folder}")
         return found
 
-    def put(self, server_round: int, arrived: dict[int, tuple[float, str, State]]) -> None:
+    def all(self) -> dict[str, Upload]:
+        """Return all that is kept, by node id or `FOLDED`."""
+        folded = {FOLDED: self._folded} if self._folded else {}
+        return folded | {str(node): upload for node, upload in self._of.items()}
+
+    def restore(self, node_id: int | None, upload: Upload, state: State) -> None:
+        """Take up an upload of an earlier run as it was; None: the folded one."""
+        if node_id is None:
+            self._folded = upload
+        else:
+            self._of[node_id] = upload
+        self._keep(upload.key, state)
+
+    def put(
+        self,
+        server_round: int,
+        arrived: dict[int, tuple[float, str, State]],
+        connected: Collection[int] = (),
+    ) -> None:
         """Keep what nodes sent in a round: weight, digest of the generator, arrays, by node id.
 
-        A node keeps its place; those that are new come behind, the heaviest first.
+        A node keeps its place; those that are new come behind, the heaviest first. Who sends, bit
+        for bit, the generator of a node that is not connected is that node under a new id.
         """
+        self._rename(arrived, connected)
         last = max((upload.place for upload in self._of.values()), default=-1)
         new = sorted(
             arrived.keys() - self._of.keys(), key=lambda node: (-arrived[node][0], arrived[node][1])
@@ -100,6 +120,19 @@ class Uploads:
             self.changed |= before is None or (before.weight, before.digest) != (weight, name)
             self._of[node] = Upload(str(node), server_round, places[node], weight, name)
             self._keep(str(node), state)
+
+    def _rename(
+        self, arrived: dict[int, tuple[float, str, State]], connected: Collection[int]
+    ) -> None:
+        gone = self._of.keys() - arrived.keys() - set(connected)
+        by_digest: dict[str, list[int]] = {}
+        for node in sorted(gone, reverse=True):
+            by_digest.setdefault(self._of[node].digest, []).append(node)
+        for node in sorted(arrived.keys() - self._of.keys()):
+            if before := by_digest.get(arrived[node][1]):
+                upload = self._of.pop(before.pop())
+                self._states.drop(upload.key)
+                self._of[node] = upload  # `put` brings its arrays
 
     def get(self, node_id: int) -> Upload | None:
         """Return a node's upload, or None."""

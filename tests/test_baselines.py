@@ -166,7 +166,7 @@ def test_transfer_hands_on_the_critic_of_its_source(tmp_path: Path) -> None:
     )
 
     # Assert: they are those of the second node, trained together
-    (kept,) = (tmp_path / "12").glob("*.safetensors")
+    (kept,) = (tmp_path / "12" / "stages").glob("*.safetensors")
     state, _ = load_tensors(kept)
     for arrays in sent:
         found = arrays["critic"].to_torch_state_dict()

@@ -39,7 +39,7 @@ SETTINGS = (
     "data.targets=[[0,1,2,3,4,5,6,7,8,9],[0,1,2]]",
 )
 LONG = "strategy.stage.distillation.iterations=1000000"  # a stage that does not end by itself
-UNFINISHED = "barycenter/*-unfinished.safetensors"
+UNFINISHED = "barycenter/stages/*-unfinished.safetensors"
 NODES = ("source-0", "source-1", "target-0", "target-1")
 
 
@@ -166,7 +166,9 @@ def test_a_server_killed_inside_a_stage_is_resumed(story: Story) -> None:
     first, second = (load_tensors(f / "barycenter.safetensors")[0] for f in outputs)
     assert digest(first) == digest(second)
     # Only the finished stage is left, the same one.
-    first, second = (sorted(p.name for p in (f / "barycenter").iterdir()) for f in outputs)
+    first, second = (
+        sorted(p.name for p in (f / "barycenter" / "stages").iterdir()) for f in outputs
+    )
     assert first == second
     assert len(first) == 1
 

@@ -119,8 +119,11 @@ BAD_UPLOADS: dict[str, tuple[Spoil, str]] = {
     ),
     "constant output": (constant, "the same sample from every latent"),
     "saturated output": (huge, "not finite|the same sample"),
-    "no arrays": (lambda c: c.pop("arrays"), "0 ArrayRecords instead of one"),
-    "two array records": (lambda c: c.update({"arrays-2": c["arrays"]}), "2 ArrayRecords"),
+    "no arrays": (lambda c: c.pop("arrays"), "it has 0 models, not one"),
+    "two array records": (
+        lambda c: c.update({"arrays-2": c["arrays"]}),
+        "it has 2 models, not one",
+    ),
     "no metrics": (lambda c: c.pop("metrics"), "0 MetricRecords instead of one"),
     "no weight": (lambda c: c["metrics"].pop("num-examples"), "'num-examples' is None"),
     "zero weight": (weight(0), "'num-examples' is 0, not a positive number"),

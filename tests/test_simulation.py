@@ -17,6 +17,7 @@ from fl_wb.app.config import compose
 from fl_wb.app.factories import factories
 from fl_wb.client_app import app as client_app
 from fl_wb.messages.records import check_samples
+from fl_wb.persistence.locks import InUseError, locked
 from fl_wb.persistence.tensor_files import load_tensors
 from fl_wb.server_app import app as server_app
 from fl_wb.testing.in_process_grid import InProcessGrid
@@ -95,7 +96,7 @@ def test_a_simulation_leaves_its_results(programs: Path, away: Path, tmp_path: P
     assert found["bytes"]["ternary"][0] < found["bytes"]["generator"]
     state, _ = load_tensors(tmp_path / "run" / "barycenter.safetensors")
     factories(compose(TINY))[0]().load_state_dict(state)
-    assert len(list((tmp_path / "run" / "barycenter").glob("*.safetensors"))) == 1
+    assert len(list((tmp_path / "run" / "barycenter" / "stages").glob("*.safetensors"))) == 1
 
 
 def test_later_rounds_train_nothing_anew(tmp_path: Path) -> None:
@@ -191,8 +192,7 @@ def test_a_run_without_results_fails(tmp_path: Path, message_type: str, reason: 
 
 
 def test_a_disk_that_fails_costs_an_artefact_and_not_the_run(tmp_path: Path) -> None:
-    # Prepare: a folder stands where the generator should go, a file where the ternary ones should
-    (tmp_path / "barycenter.safetensors").mkdir()
+    # Prepare: a file stands where the ternary ones should go
     (tmp_path / "ternary").touch()
 
     # Execute
@@ -201,4 +201,30 @@ def test_a_disk_that_fails_costs_an_artefact_and_not_the_run(tmp_path: Path) -> 
     # Assert
     final = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["final"]
     assert set(final) == set(STEPS)
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["barycenter.safetensors", "metrics.json"])
+def test_a_run_without_its_model_or_result_file_fails_and_one_with_room_goes_on(
+    tmp_path: Path, name: str
+) -> None:
+    # Prepare: a folder stands in the way
+    (tmp_path / name).mkdir()
+
+    # Execute and assert
+    with pytest.raises(OSError, match=f"{name} cannot be written"):
+        run_in_process(tmp_path)
+    if name != "metrics.json":
+        found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+        assert "cannot be written" in found["error"]
+        assert found["made-by"]["torch"] == torch.__version__
+    (tmp_path / name).rmdir()
+    run_in_process(tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["error"] is None
+    assert (tmp_path / "barycenter.safetensors").is_file()
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(InUseError, match="in use by another run"):
+        run_in_process(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -35,7 +35,16 @@ def test_write_makes_folders_and_replaces(tmp_path: Path):
     write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert list(path.parent.iterdir()) == [path]
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_are_open_to_whom_the_umask_lets(tmp_path: Path, mask: int):
+    before = os.umask(mask)
+    try:
+        write_atomic(tmp_path / "file", b"data")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -80,6 +89,7 @@ def test_a_damaged_file_is_a_storage_error(tmp_path: Path):
     rng = random.Random(0)
     damaged = [whole[:n] for n in range(0, len(whole), 7)]
     damaged += [rng.randbytes(n) for n in (1, 8, 100)]
+    damaged += [whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1 :] for k in range(8, len(whole))]
     damaged += [whole + b"more", pickle.dumps({"weight": 1}), b"\xff" * 100]
     for data in damaged:
         path.write_bytes(data)

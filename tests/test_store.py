@@ -63,7 +63,7 @@ def count(folder: Path | StageStore | None, k: int = 3) -> tuple[nn.Module, int]
 
 
 def files(folder: Path) -> list[str]:
-    return sorted(path.suffix for path in folder.iterdir())
+    return sorted(path.suffix for path in (folder / "stages").iterdir())
 
 
 # kill and resume
@@ -155,16 +155,93 @@ def test_the_result_is_not_the_store_s_own():
 
 
 def test_a_store_holds_the_last_chain_and_no_more(tmp_path: Path):
-    merge(tmp_path, 4)
+    kept = StageStore(tmp_path)
+    merge(kept, 4)
+    merge(kept, 3)
+    assert files(tmp_path) == [".safetensors"] * 2
+    recursive_barycenter(sources()[::-1], critic=critic, stage=STAGE, fan_in=2, store=kept)
+    assert files(tmp_path) == [".safetensors"] * 2
+
+
+def test_what_others_wrote_into_the_folder_stays(tmp_path: Path):
+    # Prepare: a user's own file, another barycenter's stages, and its work in progress
+    save_tensors(tmp_path / "mine.safetensors", STATE)
+    with pytest.raises(Killed):
+        recursive_barycenter(
+            sources()[::-1],
+            critic=critic,
+            stage=STAGE,
+            fan_in=2,
+            store=tmp_path,
+            callback=kill_at(PER_STAGE + 2),
+        )
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    assert len(before) == 3
+
+    # Execute
     merge(tmp_path, 3)
-    assert files(tmp_path) == [".safetensors"] * 2
-    recursive_barycenter(sources()[::-1], critic=critic, stage=STAGE, fan_in=2, store=tmp_path)
-    assert files(tmp_path) == [".safetensors"] * 2
+
+    # Assert
+    assert {path: path.read_bytes() for path in before} == before
+
+
+class Louder(nn.Module):
+    """What it is made of, but for its last step."""
+
+    def __init__(self, inner: nn.Module, by: float) -> None:
+        super().__init__()
+        self.inner, self.by = inner, by
+        self.latent_dim = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.by * self.inner(x)
+        return y
+
+
+@pytest.mark.parametrize("what", ["generator", "critic"])
+def test_the_same_state_with_another_forward_meets_no_old_result(tmp_path: Path, what: str):
+    def run(by: float, store: Path | None) -> nn.Module:
+        judge = (lambda: Louder(critic(), by)) if what == "critic" else critic
+        networks = [Louder(g, by) for g in sources()] if what == "generator" else sources()
+        return recursive_barycenter(networks, critic=judge, stage=STAGE, store=store)
+
+    first = run(1.0, tmp_path)
+    second = run(2.0, tmp_path)
+    assert same(second, run(2.0, None)) and not same(second, first)
+
+
+@pytest.mark.parametrize("odd", ["rng", "no rng", "slot", "slots missing", "iteration"])
+def test_a_checkpoint_that_does_not_fit_is_set_aside(tmp_path: Path, caplog, odd: str):
+    # Prepare: a checkpoint of the WGAN, whose optimizers have slots
+    with pytest.raises(Killed):
+        merge(tmp_path, 2, kill_at(PER_STAGE - 1))
+    paths = sorted((tmp_path / "stages").glob("*-unfinished.safetensors"))
+    path = next(p for p in paths if any("critic" in n for n in load_tensors(p)[0]))
+    state, _ = load_tensors(path)
+    slot = next(n for n in state if "/slot/" in n and n.endswith("exp_avg"))
+    if odd == "rng":  # a GPU's is 16 bytes
+        state["rng"] = torch.zeros(16, dtype=torch.uint8)
+    elif odd == "no rng":
+        del state["rng"]
+    elif odd == "slot":
+        state[slot] = torch.zeros(99)
+    elif odd == "slots missing":
+        del state[slot]
+    else:
+        state["iteration"] = torch.zeros(2)
+    save_tensors(path, state)
+
+    # Execute
+    nu, _ = count(tmp_path, 2)
+
+    # Assert
+    assert same(nu, merge(None, 2))
+    assert "set aside" in caplog.text
 
 
 def test_a_stage_says_what_it_is(tmp_path: Path):
     merge(tmp_path, 2)
-    (path,) = tmp_path.iterdir()
+    (path,) = (tmp_path / "stages").iterdir()
     _, metadata = load_tensors(path)
     assert json.loads(metadata["settings"]) == asdict(STAGE)
 
@@ -172,7 +249,7 @@ def test_a_stage_says_what_it_is(tmp_path: Path):
 # faults of the disk
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "flipped", "empty"])
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_damaged_file_is_set_aside_and_made_anew(tmp_path, caplog, damage, finished):
     if finished:
@@ -180,12 +257,15 @@ def test_a_damaged_file_is_set_aside_and_made_anew(tmp_path, caplog, damage, fin
     else:
         with pytest.raises(Killed):
             merge(tmp_path, 2, kill_at(2))
-    (path,) = tmp_path.iterdir()
+    (path,) = (tmp_path / "stages").iterdir()
     data = path.read_bytes()
     path.write_bytes(
-        {"truncated": data[: len(data) // 2], "altered": b"\xff" * 9 + data[9:], "empty": b""}[
-            damage
-        ]
+        {
+            "truncated": data[: len(data) // 2],
+            "altered": b"\xff" * 9 + data[9:],
+            "flipped": data[:-1] + bytes([data[-1] ^ 0x40]),
+            "empty": b"",
+        }[damage]
     )
 
     nu, iterations = count(tmp_path, 2)
@@ -202,7 +282,7 @@ def test_an_entry_of_other_networks_is_set_aside_and_made_anew(tmp_path, caplog,
     else:
         with pytest.raises(Killed):
             merge(tmp_path, 2, kill_at(2))
-    (path,) = tmp_path.iterdir()
+    (path,) = (tmp_path / "stages").iterdir()
     save_tensors(path, {"net.weight": torch.zeros(7)})
 
     nu, iterations = count(tmp_path, 2)

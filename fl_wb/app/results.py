@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fl_wb import ternary
 from fl_wb.app.config import Config
+from fl_wb.app.provenance import provenance
 from fl_wb.generators.mixture import fitting
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import records, replies
@@ -151,6 +152,8 @@ class Results:
 
         Raises
         ------
+        OSError
+            If the model or the result file cannot be written.
         RuntimeError
             If no source delivered a generator, or no target evaluated one.
         """
@@ -168,7 +171,13 @@ class Results:
                         self.tracker.scalar(f"{part}/{name}", value, number)
         # Of the last round that targets evaluated: the run may go on without them.
         last = _steps(next((r["evaluate"] for r in [*rounds.values()][::-1] if r["evaluate"]), {}))
-        size = self._keep_generator(result)
+        lost: OSError | None = None
+        size = 0
+        try:
+            size = self._keep_generator(result)
+        except OSError as failed:
+            lost = OSError(f"{self.model}.safetensors cannot be written: {failed}")
+            error = error or lost
         self._draw_overview()
         self.tracker.write_json(
             "metrics.json",
@@ -188,9 +197,12 @@ class Results:
                 "error": None if error is None else f"{type(error).__name__}: {error}",
                 "seconds": perf_counter() - self._began,
                 "overrides": self.overrides,
+                "made-by": provenance(self.config),
                 "config": asdict(self.config),
             },
         )
+        if lost is not None:
+            raise lost
         if error is not None:
             return ""
         if not result.arrays:
@@ -226,10 +238,7 @@ class Results:
         drawn = generate(network, COLUMNS * 4)
         self._pictures["barycenter"] = {"": drawn}
         self.tracker.images("barycenter", drawn, columns=COLUMNS)
-        try:
-            save_tensors(self.output / f"{self.model}.safetensors", state)
-        except OSError as error:
-            log.warning("%s.safetensors is left out: %s", self.model, error)
+        save_tensors(self.output / f"{self.model}.safetensors", state)
         return sum(value.numel() * value.element_size() for value in state.values())
 
     def _network(self, shapes: Mapping[str, Sequence[int]]) -> nn.Module:

@@ -14,13 +14,14 @@ from fl_wb.barycenter.recursion import (
     recursive_barycenter,
     stage_of,
 )
-from fl_wb.barycenter.stage import GEODESICS, STARTS, Merge, Stage
+from fl_wb.barycenter.stage import GEODESICS, STARTS, VERSION, Merge, Stage
 from fl_wb.barycenter.teachers import Measure, UselessMeasure
 
 __all__ = [
     "FAN_IN",
     "GEODESICS",
     "STARTS",
+    "VERSION",
     "Measure",
     "Merge",
     "Stage",

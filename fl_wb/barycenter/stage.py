@@ -29,7 +29,7 @@ from fl_wb.barycenter.teachers import (
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
 from fl_wb.persistence.stage_store import StageStore
-from fl_wb.persistence.tensor_files import digest
+from fl_wb.persistence.tensor_files import fingerprint
 from fl_wb.settings import Settings, at_least, one_of
 from fl_wb.training.distillation import Distillation, distill
 from fl_wb.training.statistics import settle
@@ -223,13 +223,13 @@ class Merge:
         """Name all that a stage depends on, what the network's code does included."""
         z = torch.linspace(-2, 2, 4 * self.dim).reshape(4, self.dim).to(self.device)
         with torch.no_grad():
-            does = student(z)
+            does = student(z).cpu()
         total = math.fsum(measure.weight for measure in measures)
         went_in = {
             "version": VERSION,
             "measures": [[measure.digest, measure.weight / total] for measure in measures],
-            "start": digest({**student.state_dict(), "does": does}),
-            "critics": [digest(critic.state_dict()) for critic in critics],
+            "start": fingerprint(student, z),
+            "critics": [fingerprint(copy_of(critic).cpu().eval(), does) for critic in critics],
             "settings": asdict(self.settings),
             "seed": self.seed,
             "device": self.device.type,

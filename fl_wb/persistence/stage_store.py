@@ -27,7 +27,8 @@ class StageStore:
     Parameters
     ----------
     folder : str or Path, optional
-        Made when needed. None keeps everything in memory, for as long as the store lives.
+        Made when needed; the entries are in ``stages/`` in it, whoever else writes there. None
+        keeps everything in memory, for as long as the store lives.
     seconds : float, optional
         Between two checkpoints; `SECONDS_BETWEEN_CHECKPOINTS` if None.
     """
@@ -36,23 +37,27 @@ class StageStore:
         self.folder = None if folder is None else Path(folder)
         self.seconds = seconds
         self._memory: dict[str, dict[str, Tensor]] = {}
+        self._used: set[str] = set()  # keys that this store wrote or found: only those are its own
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """Return an entry, or None; a damaged file is set aside, never trusted."""
         if self.folder is None:
             return self._memory.get(key)
         try:
-            return load_tensors(self._path(key))[0]
+            found = load_tensors(self._path(key))[0]
         except FileNotFoundError:
             return None
         except StorageError as error:
             self.set_aside(key, str(error))
             return None
+        self._used.add(key)
+        return found
 
     def put(
         self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> None:
         """Save an entry. A disk that refuses costs the entry, with a warning, not the run."""
+        self._used.add(key)
         if self.folder is None:
             self._memory[key] = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
             return
@@ -64,6 +69,7 @@ class StageStore:
     def drop(self, key: str) -> None:
         """Forget an entry."""
         self._memory.pop(key, None)
+        self._used.discard(key)
         if self.folder is not None:
             # a folder that cannot be written to also holds nothing that matters
             with suppress(OSError):
@@ -79,11 +85,11 @@ class StageStore:
             log.warning("%s; it was set aside as %s and is made anew", reason, aside.name)
 
     def keep_only(self, keys: Collection[str]) -> None:
-        """Forget every entry but these, so that the store does not grow with the rounds."""
-        known = set(self._memory)
-        if self.folder is not None and self.folder.is_dir():
-            known = {path.stem for path in self.folder.glob("*.safetensors")}
-        for key in known - set(keys):
+        """Forget every entry of its own but these: the store does not grow with the rounds.
+
+        What others wrote into the folder stays, stages of another barycenter included.
+        """
+        for key in self._used - set(keys):
             self.drop(key)
 
     def checkpoint(self, key: str) -> StageCheckpoint:
@@ -92,7 +98,7 @@ class StageStore:
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"{key}.safetensors"
+        return self.folder / "stages" / f"{key}.safetensors"
 
 
 class StageCheckpoint:

@@ -1,6 +1,6 @@
 """What a run leaves behind: TensorBoard events, pictures and JSON files in its output folder.
 
-A disk that fails costs an artefact, never the run.
+A disk that fails costs a picture or a curve, with a warning; the JSON file is not optional.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tracker:
     ------
     OSError
         If the folder cannot be written: better now than at the end of a long run. Once the run is
-        under way, a disk that fails costs the artefact and a warning.
+        under way, a disk that fails costs pictures and curves, with a warning.
     """
 
     def __init__(self, output: Path) -> None:
@@ -84,9 +84,18 @@ class Tracker:
         self._attempt(f"{tag}.png", draw)
 
     def write_json(self, name: str, values: Mapping[str, Any]) -> None:
-        """Write ``<name>`` as JSON; what JSON has no number for (nan, infinity) becomes null."""
+        """Write ``<name>`` as JSON; what JSON has no number for (nan, infinity) becomes null.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
         text = json.dumps(_plain(values), indent=2, allow_nan=False) + "\n"
-        self._attempt(name, lambda: write_atomic(self.output / name, text.encode()))
+        try:
+            write_atomic(self.output / name, text.encode())
+        except OSError as error:
+            raise OSError(f"{self.output / name} cannot be written: {error}") from error
 
     def close(self) -> None:
         """Finish the event file."""

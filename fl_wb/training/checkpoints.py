@@ -63,11 +63,22 @@ class TrainingState:
         flat = checkpoint.load()
         if flat is None:
             return False
-        expected = {k: v.shape for k, v in self.tensors().items() if "/weight/" in k}
-        found = {k: v.shape for k, v in flat.items() if "/weight/" in k}
-        if expected != found or not {"rng", "iteration"} <= flat.keys():
+        before = self.tensors()
+        expected = {k: (v.shape, v.dtype) for k, v in before.items() if "/weight/" in k}
+        found = {k: (v.shape, v.dtype) for k, v in flat.items() if "/weight/" in k}
+        if expected != found:
             checkpoint.discard("it holds the state of other networks")
             return False
+        try:
+            self._take(flat)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            # such as the random state of another device
+            self._take(before)
+            checkpoint.discard(f"{type(error).__name__}: {error}")
+            return False
+        return True
+
+    def _take(self, flat: Mapping[str, Tensor]) -> None:
         for name, module in self.modules.items():
             module.load_state_dict(_below(flat, f"{name}/weight/"))
         for name, optimizer in self.optimizers.items():
@@ -79,9 +90,9 @@ class TrainingState:
                 slots.setdefault(int(index), {})[slot] = value.clone()
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": slots, "param_groups": groups})
+            _check_slots(name, optimizer)
         self.rng.set_state(flat["rng"])
         self.iteration = int(flat["iteration"])
-        return True
 
     def save_if_due(self, checkpoint: Checkpoint) -> None:
         """Save the state if enough time has passed since the last time."""
@@ -126,6 +137,16 @@ class Snapshots:
         """Keep the moving average in a training's state."""
         seconds = perf_counter() - self._began
         self.taken.append((self._done, seconds, _below(state, "average/weight/")))
+
+
+def _check_slots(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimizer's slots are of one kind, and of their parameters' shapes."""
+    if len({frozenset(slots) for slots in optimizer.state.values()}) > 1:
+        raise ValueError(f"the parameters of {name} have different slots")
+    for parameter, slots in optimizer.state.items():
+        for slot, value in slots.items():
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{slot} of {name} is {tuple(value.shape)}")
 
 
 def _below(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,126 @@
+"""The server's memory of its nodes on disk: a barycenter of yesterday is extended today.
+
+An index names files of tensors, each by its content: they are written first, the index then, in one
+step, and what it no longer names is deleted last. A server that is killed at any moment finds the
+whole of one round's end or of the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from fl_wb.persistence.tensor_files import (
+    StorageError,
+    digest,
+    load_tensors,
+    save_tensors,
+    write_atomic,
+)
+from fl_wb.strategies.uploads import FOLDED, State, Upload, Uploads
+
+log = logging.getLogger("flwr")
+
+VERSION = 1
+INDEX = "index.json"
+
+
+class Memory:
+    """Uploads and the barycenter made of them, in a folder.
+
+    Parameters
+    ----------
+    folder : Path
+        Made when needed.
+    model : mapping of str to Tensor
+        An upload's arrays: what is kept of a model of other names, shapes or types is no use.
+    """
+
+    def __init__(self, folder: Path, model: Mapping[str, Tensor]) -> None:
+        self.folder = folder
+        self._model = {
+            name: [str(value.dtype), list(value.shape)] for name, value in sorted(model.items())
+        }
+        self._files: dict[Upload, str] = {}  # that are on disk
+
+    def save(self, uploads: Uploads, merged: State | None, server_round: int) -> None:
+        """Keep a round's end. A disk that refuses costs the memory, with a warning, not the run."""
+        try:
+            kept = {key: self._file_of(uploads, upload) for key, upload in uploads.all().items()}
+            index = {
+                "version": VERSION,
+                "model": self._model,
+                "round": server_round,
+                "changed": uploads.changed,
+                "uploads": {
+                    key: asdict(upload) | {"file": kept[key]}
+                    for key, upload in uploads.all().items()
+                },
+                "merged": None if merged is None else self._write(merged),
+            }
+            write_atomic(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+            self._files = {upload: kept[key] for key, upload in uploads.all().items()}
+            named = {*kept.values(), index["merged"]}
+            for path in self.folder.glob("*.safetensors"):
+                if path.stem not in named:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("the server's memory of its nodes could not be saved: %s", error)
+
+    def load(self) -> tuple[Uploads, State | None]:
+        """Return what the last round left; nothing where there is nothing that fits.
+
+        Rounds are counted back from 0, the last one.
+        """
+        uploads = Uploads()
+        try:
+            index = json.loads((self.folder / INDEX).read_bytes())
+            if (index["version"], index["model"]) != (VERSION, self._model):
+                raise ValueError("it is of another model or version")
+            merged = None if index["merged"] is None else self._read(index["merged"])
+            found = {}
+            for key, entry in index["uploads"].items():
+                file = str(entry.pop("file"))
+                upload = Upload(**entry)
+                found[key] = replace(upload, round=upload.round - index["round"]), file
+        except FileNotFoundError:
+            return uploads, None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            with suppress(OSError):
+                (self.folder / INDEX).replace(self.folder / "index.damaged")
+            log.warning("the server's memory in %s is set aside: %s", self.folder, error)
+            return uploads, None
+        lost = False
+        for key, (upload, file) in found.items():
+            try:
+                state = self._read(file)
+            except (OSError, ValueError) as error:
+                log.warning("the upload of node %s is left out: %s", key, error)
+                lost = True
+            else:
+                uploads.restore(None if key == FOLDED else int(key), upload, state)
+                self._files[upload] = file
+        uploads.changed = lost or bool(index["changed"])
+        return uploads, merged
+
+    def _file_of(self, uploads: Uploads, upload: Upload) -> str:
+        return self._files.get(upload) or self._write(uploads.state(upload))
+
+    def _write(self, state: State) -> str:
+        name = digest(state)
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            save_tensors(path, state)
+        return name
+
+    def _read(self, name: str) -> State:
+        found, _ = load_tensors(self.folder / f"{name}.safetensors")
+        if digest(found) != name:
+            raise StorageError(f"{name[:12]} in {self.folder} holds other arrays")
+        return found

@@ -1,0 +1,205 @@
+"""The server's memory of its nodes: a barycenter goes on where another process left it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import Result
+
+from fl_wb.barycenter import Stage
+from fl_wb.persistence.locks import InUseError, locked
+from fl_wb.strategies import AdaptiveCoalescence
+from fl_wb.strategies.memory import Memory
+from fl_wb.strategies.uploads import Uploads
+from fl_wb.testing.in_process_grid import InProcessGrid
+from fl_wb.training.distillation import Distillation
+from fl_wb.training.wgan import Training
+from tests.toys import STAGE, critic, evaluates, generator, initial_arrays, seeded_state, uploads
+from tests.toys import reply as reply_with
+
+KILLS = int(os.environ.get("FL_WB_KILLS", "3"))
+LONG = Stage(
+    distillation=Distillation(iterations=60, batch_size=8),
+    training=Training(iterations=20, batch_size=8, critic_steps=1, warmup=1),
+)
+SESSIONS = ((11, 12, 13), (12, 14), (15,))
+
+
+def session(
+    store: Path | None, nodes: Sequence[int], stage: Stage = STAGE, **arguments: Any
+) -> Result:
+    """Run a process' worth: a new strategy, one round with these nodes."""
+    app = ClientApp()
+    uploads(app)
+    evaluates(app)
+    return run(app, nodes, store=store, stage=stage, **arguments)
+
+
+def run(app: ClientApp, nodes: Sequence[int], **arguments: Any) -> Result:
+    grid = InProcessGrid(app)
+    for node in nodes:
+        grid.add({}, node_id=node)
+    minima = dict.fromkeys(("min_available_nodes", "min_train_nodes", "min_evaluate_nodes"), 1)
+    settings: dict[str, Any] = {"generator": generator, "critic": critic, "stage": STAGE}
+    coalescence = AdaptiveCoalescence(**{**settings, **minima, **arguments})
+    return coalescence.start(grid=grid, initial_arrays=initial_arrays(), num_rounds=1)
+
+
+def same(a: ArrayRecord, b: ArrayRecord) -> bool:
+    return list(a) == list(b) and all(np.array_equal(a[k].numpy(), b[k].numpy()) for k in a)
+
+
+def merged(result: Result) -> int:
+    return int(result.train_metrics_clientapp[1]["uploads-merged"])  # type: ignore[call-overload]
+
+
+def test_a_barycenter_of_yesterday_is_extended_and_nodes_that_left_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert merged(session(tmp_path, [11, 12])) == 2
+    assert merged(session(tmp_path, [13])) == 3
+    assert "Taken up: the generators of 2 nodes" in caplog.text
+    assert merged(session(None, [13])) == 1
+
+
+def test_what_did_not_change_is_given_as_it_was(tmp_path: Path) -> None:
+    told: list[int] = []
+    first = session(tmp_path, [11, 12])
+    again = session(tmp_path, [11, 12], callback=lambda done, *_: told.append(done))
+    assert same(first.arrays, again.arrays) and not told
+
+
+def test_a_node_under_a_new_id_is_not_counted_twice(tmp_path: Path) -> None:
+    # Prepare: nodes 21 and 22 upload what 11 and 12 did
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Any) -> Message:
+        return reply_with(message, ArrayRecord(seeded_state(context.node_id - 10)))
+
+    first = session(tmp_path, [11, 12])
+
+    # Execute
+    second = run(app, [21, 22], store=tmp_path)
+
+    # Assert
+    assert merged(second) == 2 and same(first.arrays, second.arrays)
+
+
+def test_a_connected_node_s_generator_is_no_other_s(tmp_path: Path) -> None:
+    kept, state = Uploads(), {"a": torch.zeros(1)}
+    kept.put(1, {1: (1.0, "same", state)}, [1])
+    kept.put(2, {2: (1.0, "same", state)}, [1, 2])
+    assert len(kept) == 2
+    kept.put(3, {3: (1.0, "same", state)}, [2, 3])
+    assert sorted(kept.of_nodes()) == [2, 3]
+
+
+@pytest.mark.parametrize("damage", ["model", "index", "upload"])
+def test_a_memory_that_does_not_fit_is_set_aside(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session(tmp_path, [11, 12])
+    nodes = tmp_path / "nodes"
+    index = json.loads((nodes / "index.json").read_text())
+    if damage == "model":
+        index["model"]["net.0.weight"] = ["torch.float32", [9, 9]]
+        (nodes / "index.json").write_text(json.dumps(index))
+    elif damage == "index":
+        (nodes / "index.json").write_text("{")
+    else:
+        path = nodes / (index["uploads"]["11"]["file"] + ".safetensors")
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert merged(session(tmp_path, [13])) == (2 if damage == "upload" else 1)
+    reason = {"upload": "the upload of node 11 is left out"}.get(damage, "is set aside")
+    assert reason in caplog.text
+
+
+def test_rounds_count_on_and_a_fold_comes_back(tmp_path: Path) -> None:
+    kept, states = Uploads(), {k: {"a": torch.tensor(float(k))} for k in range(12)}
+    memory = Memory(tmp_path, states[0])
+    kept.put(5, {k: (k + 1.0, f"digest {k}", state) for k, state in states.items()})
+    kept.fold([0, 1], lambda parts: {"a": torch.tensor(-1.0)})
+    memory.save(kept, {"a": torch.tensor(7.0)}, 6)
+
+    found, barycenter = Memory(tmp_path, states[0]).load()
+
+    assert barycenter is not None and float(barycenter["a"]) == 7.0
+    assert len(found) == 12 and found.changed
+    assert [float(found.state(u)["a"]) for u in found.ordered()] == [-1.0, 1.0, 0.0]
+    assert {upload.round for upload in found.ordered()} == {-1}
+    assert [u.weight for u in found.ordered()] == [u.weight for u in kept.ordered()]
+
+
+def test_the_folder_holds_what_the_index_names_and_no_more(tmp_path: Path) -> None:
+    for nodes in SESSIONS:
+        session(tmp_path, nodes)
+    assert len(list((tmp_path / "nodes").glob("*.safetensors"))) == 5 + 1
+    assert len(list((tmp_path / "nodes").iterdir())) == 5 + 1 + 1
+
+
+def test_a_second_run_in_one_store_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(InUseError, match="in use by another run"):
+        session(tmp_path, [11])
+    assert merged(session(tmp_path, [11])) == 1
+
+
+def process(store: Path, nodes: Sequence[int], arrays: Path) -> multiprocessing.Process:
+    """Start a session in a process of its own, which leaves its arrays in a file."""
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        found = session(store, nodes, LONG).arrays
+        np.savez(arrays, **{name: array.numpy() for name, array in found.items()})
+        os._exit(0)
+
+    started = multiprocessing.get_context("fork").Process(target=work)
+    started.start()
+    return started  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_sigkill_at_random_moments_changes_no_bit(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Prepare: unbroken, and how long a session takes
+    monkeypatch.setattr("fl_wb.persistence.stage_store.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    began = time.monotonic()
+    for nodes in SESSIONS:
+        unbroken = process(tmp_path / "whole", nodes, tmp_path / "whole.npz")
+        unbroken.join()
+        assert unbroken.exitcode == 0
+    usual = (time.monotonic() - began) / len(SESSIONS)
+
+    # Execute: every session is killed at a random moment, then run again
+    rng, hit = random.Random(seed), 0
+    for nodes in SESSIONS:
+        victim = process(tmp_path / "killed", nodes, tmp_path / "killed.npz")
+        victim.join(rng.uniform(0, usual))
+        victim.kill()
+        victim.join()
+        hit += victim.exitcode == -signal.SIGKILL
+        again = process(tmp_path / "killed", nodes, tmp_path / "killed.npz")
+        again.join()
+        assert again.exitcode == 0
+
+    # Assert
+    assert hit > 0
+    expected, found = np.load(tmp_path / "whole.npz"), np.load(tmp_path / "killed.npz")
+    assert expected.files == found.files
+    assert all(np.array_equal(expected[name], found[name]) for name in expected.files)
+    whole, broken = ([*(tmp_path / k / "nodes").glob("[!.]*")] for k in ("whole", "killed"))
+    assert {path.name for path in whole} == {path.name for path in broken}
