@@ -203,6 +203,7 @@ RULES: dict[str, limits.Rule] = {
     "critic_lr": limits.above(0),
     "lr": limits.above(0),
     "threshold_lr": limits.at_least(0),
+    "planes": limits.Rule(lambda planes: 1 <= planes <= 3, "1, 2 or 3"),
     "penalty": limits.at_least(0),
     "ema": limits.share(zero=True),
 }
