@@ -83,22 +83,22 @@ def test_fidelity_alone_leads_to_the_teacher():
 
 
 def test_the_energy_weight_of_a_ternarization_counts():
-    torch.manual_seed(0)
-    layers = (nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 32))
+    torch.manual_seed(1)
+    layers = (nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 16))
     generator = nn.Sequential(*layers)
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.mul_(3)
-    settings = Ternarization(iterations=100, batch_size=64, lr=1e-2)
+    settings = Ternarization(iterations=100, batch_size=64, lr=1e-2, planes=1)
 
     def apart(energy: float) -> float:
-        ternary = ternarize(generator, settings=replace(settings, energy=energy), latent_dim=8)
+        ternary = ternarize(generator, settings=replace(settings, energy=energy), latent_dim=16)
         drawn = [
-            generate(g, 1500, seed=k, latent_dim=8) for k, g in enumerate((generator, ternary))
+            generate(g, 1500, seed=k, latent_dim=16) for k, g in enumerate((generator, ternary))
         ]
         return energy_distance(*drawn).item()
 
-    assert apart(5.0) < 0.8 * apart(0.0)
+    assert apart(5.0) < 0.6 * apart(0.0)
 
 
 def test_the_latent_is_turned_before_its_weight_is_ternarized():
