@@ -11,10 +11,11 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor, nn
 
+from fl_wb.generators.copies import copy_of
 from fl_wb.generators.networks import make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.ternary import Ternarization, Ternary, pack, ternarizable, ternarize, unpack
-from fl_wb.ternary.planes import mean_above, planes_needed
+from fl_wb.ternary.planes import mean_above, planes_needed, take_statistics
 from fl_wb.ternary.ternarization import _fold_statistics
 from fl_wb.transport import energy_distance
 from tests.points import same
@@ -324,6 +325,21 @@ def test_a_layer_gets_the_planes_that_it_needs():
     assert len(ternary.first.weight.abs().unique()) == 5
     assert len(ternary.last.weight.abs().unique()) == 2
     assert same(unpack(pack(ternary), Cliff()), ternary)
+
+
+@pytest.mark.parametrize("make", [trained, lambda: trained("conv", 8)])
+def test_normalisation_makes_up_for_other_activations(make: Callable[[], nn.Module]):
+    teacher, z = make(), torch.randn(500, 8)
+    for name, buffer in teacher.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 2)  # which are not those of its activations
+    student = copy_of(teacher)
+    with torch.no_grad():
+        for _, layer in list(ternarizable(student))[:-1]:
+            layer.weight.mul_(3)
+        assert not torch.allclose(student(z), teacher(z), atol=0.1)
+        take_statistics(student, teacher, z, seed=0)
+        torch.testing.assert_close(student(z), teacher(z), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("planes", [0, 4, -1])

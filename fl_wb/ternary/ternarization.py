@@ -168,9 +168,9 @@ def _distilled(
         parametrize.register_parametrization(layer, "weight", ternary, unsafe=True)
         weights.append(weight)
         thresholds.append(ternary.threshold)
-    # Ternary weights give other activations, whose statistics are taken anew: once, because
-    # learning with those of every batch measured worse, and far worse with convolutions.
-    take_statistics(student, z, seed)
+    # Ternary weights give other activations, to which the normalisation is matched: once, because
+    # learning with the statistics of every batch measured worse, and far worse with convolutions.
+    take_statistics(student.eval(), teacher, z, seed)
     start = copy.deepcopy(student.state_dict())
     apart = {id(parameter) for parameter in (*weights, *thresholds)}
     others = [p for p in student.parameters() if id(p) not in apart]
