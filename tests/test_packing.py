@@ -16,14 +16,26 @@ import pytest
 import torch
 from torch import nn
 
+from fl_wb.generators.code import Code
 from fl_wb.generators.networks import make_generator
+from fl_wb.generators.reweighted import reweighted
 from fl_wb.generators.sampling import generate
-from fl_wb.ternary import PackedFileError, Ternarization, load, pack, save, ternarize, unpack
+from fl_wb.ternary import (
+    PackedFileError,
+    Ternarization,
+    Ternary,
+    load,
+    numpy_reader,
+    pack,
+    save,
+    ternarize,
+    unpack,
+)
 from fl_wb.ternary.numpy_reader import parse
 from tests.points import same
 
 SHA = 32
-QUICK = Ternarization(iterations=3)
+QUICK = Ternarization(iterations=3, planes=1)
 
 
 def network(width: int = 8, name: str = "mlp") -> nn.Module:
@@ -46,15 +58,23 @@ def sealed(body: bytes) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
-def crafted(header: object, payload: bytes = b"") -> bytes:
+def crafted(header: object, payload: bytes = b"", version: int = 2) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return sealed(struct.pack("<8sII", b"FLWBTERN", 1, len(text)) + text + payload)
+    return sealed(struct.pack("<8sII", b"FLWBTERN", version, len(text)) + text + payload)
 
 
 def parts() -> tuple[dict[str, Any], bytes]:
     """Take the header and the payload out of a good file."""
     (length,) = struct.unpack_from("<I", packed(), 12)
     return json.loads(packed()[16 : 16 + length]), packed()[16 + length : -SHA]
+
+
+class Row(nn.Module):
+    """One weight, of two dimensions."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values.unsqueeze(0))
 
 
 # what is written comes back
@@ -92,9 +112,12 @@ def test_the_format_is_readable_from_its_description_with_numpy_alone():
     for entry in header["tensors"]:
         shape, n = entry["shape"], int(np.prod(entry["shape"], dtype=int))
         if entry["kind"] == "ternary":
-            size = -(-n // 4)
-            values = [0.0, entry["alpha"], -entry["alpha"]]
-            array = [values[payload[i // 4] >> 2 * (i % 4) & 3] for i in range(n)]
+            size, array = 0, np.zeros(n, np.float32)
+            for alpha in entry["alphas"]:
+                values = np.array([0.0, alpha, -alpha], np.float32)
+                plane = payload[size : size + -(-n // 4)]
+                array += [values[plane[i // 4] >> 2 * (i % 4) & 3] for i in range(n)]
+                size += len(plane)
         else:
             dtype = {"float32": "<f4", "int64": "<i8"}[entry["kind"]]
             size = n * int(dtype[-1])
@@ -115,16 +138,7 @@ def test_read_gives_plain_arrays():
 
 @pytest.mark.parametrize("n", range(1, 10))
 def test_any_number_of_weights_packs(n: int):
-    class Row(nn.Module):
-        """One row of weights."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(0.3 * (torch.arange(n) % 3 - 1.0).unsqueeze(0))
-
-    row, empty = Row(), Row()
-    with torch.no_grad():
-        empty.weight.zero_()
+    row, empty = Row(0.3 * (torch.arange(n) % 3 - 1.0)), Row(torch.zeros(n))
     assert unpack(pack(row), empty).weight.equal(row.weight)
 
 
@@ -143,6 +157,106 @@ def test_a_save_that_is_refused_leaves_the_old_file(tmp_path: Path):
     with pytest.raises(ValueError, match="ternarize it"):
         save(network(), path)
     assert path.read_bytes() == packed()
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_planes_come_back_bit_for_bit_at_two_bits_a_weight_each(planes: int):
+    weight = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    row = Row(Ternary(weight, planes)(weight).detach())
+    data = pack(row)
+    assert unpack(data, Row(weight)).weight.equal(row.weight)
+    assert len(data) - 1000 * planes < 250
+    assert len(row.weight.unique()) > 3 ** (planes - 1)
+
+
+def test_a_weight_of_too_many_values_is_stored_as_it_is():
+    other = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item()
+    for values in ([0.5, other] * 2, [0.5, 0.25, 0.125, 0.0625, 0.75]):
+        row = Row(torch.tensor(values))
+        row.three = nn.Parameter(torch.tensor([[-1.0, 0.0, 1.0]]))
+        assert same(unpack(pack(row), row), row)
+
+
+def test_a_file_of_version_1_is_read():
+    entries = [
+        {"name": "weight", "shape": [1, 3], "kind": "ternary", "alpha": 0.5},
+        {"name": "bias", "shape": [1], "kind": "float32"},
+    ]
+    payload = bytes([0b100100]) + np.array([0.25], "<f4").tobytes()
+    loaded = unpack(crafted({"network": "Linear", "tensors": entries}, payload, 1), nn.Linear(3, 1))
+    assert loaded.weight.tolist() == [[0.0, 0.5, -0.5]] and loaded.bias.tolist() == [0.25]
+
+
+# other weights of the sources
+
+
+SHARES = (0.1, 0.3, 0.2, 0.1, 0.3)
+WEIGHTS = (0.5, 0.0, 0.1, 0.3, 0.1)
+
+
+@cache
+def recoded(weights: tuple[float, ...] = WEIGHTS) -> nn.Module:
+    return ternarize(reweighted(network(), Code(SHARES), weights), settings=QUICK)
+
+
+def test_other_weights_come_back_bit_for_bit(tmp_path: Path):
+    path = save(recoded(), tmp_path / "file")
+    for other in (network(), reweighted(network(), Code((1, 1)), (1, 1))):
+        loaded = load(path, other)
+        assert same(loaded, recoded())
+        assert generate(loaded, 500).equal(generate(recoded(), 500))
+    assert not generate(loaded.generator, 500).equal(generate(loaded, 500))
+    with pytest.raises(PackedFileError, match=r"another network: .*shape \(8, 4\)"):
+        load(path, network(width=12))
+
+
+@pytest.mark.parametrize(
+    ("shares", "weights"),
+    [
+        (SHARES, WEIGHTS),
+        (SHARES, SHARES),
+        ((1.0,), (3.0,)),
+        ((1e-7, 1.0, 1e-3), (1.0, 0.0, 1e-9)),
+        ([1.0] * 40, [*range(40)]),  # deeper than the latent has coordinates
+        ([2.0**-k for k in range(12)], [1.0] * 12),
+    ],
+)
+def test_numpy_moves_latents_as_torch_does(shares: list[float], weights: list[float]):
+    z = torch.randn(2000, 4, generator=torch.Generator().manual_seed(1))
+    z[0], z[1] = 7.0, -7.0
+    code = Code(shares)
+    expected = code.recode(z, weights).numpy()
+    made = numpy_reader.recoded(z.numpy(), np.array(code.shares), np.array(weights, float))
+    assert made.dtype == np.float32
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+
+
+def test_numpy_makes_the_samples_of_other_weights(tmp_path: Path):
+    reader = numpy_reader.PackedGenerator(save(recoded(), tmp_path / "file"), (1, 8, 8))
+    z = torch.randn(1000, reader.latent_dim, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = recoded()(z).numpy()
+    np.testing.assert_allclose(reader(z.numpy()), expected, atol=1e-5)
+
+
+FORGED_CODES: dict[str, list[list[float]]] = {
+    "shares": [[0.0, 1.0], [-1.0, 1.0], [np.nan, 1.0], [np.inf, 1.0], [1.0], [], [1.0] * 2000],
+    "weights": [[0.0, 0.0], [-1.0, 1.0], [np.nan, 1.0], [np.inf, 1.0], [1.0, 1.0, 1.0]],
+}
+
+
+@pytest.mark.parametrize("field", FORGED_CODES)
+def test_a_forged_code_is_refused(field: str, tmp_path: Path):
+    good = reweighted(network(), Code((1, 1)), (1, 1))
+    good = unpack(pack(ternarize(good, settings=QUICK)), good)
+    for values in FORGED_CODES[field]:
+        good.register_buffer(field, torch.tensor(values, dtype=torch.float64))
+        path = tmp_path / "file"
+        path.write_bytes(pack(good))
+        with pytest.raises(PackedFileError, match="no code"):
+            load(path, network())
+        with pytest.raises(PackedFileError, match="no code"):
+            numpy_reader.PackedGenerator(path, (1, 8, 8))
 
 
 # files that are not what they should be
@@ -175,8 +289,8 @@ def test_an_altered_file_is_refused():
 
 
 def test_another_version_is_named():
-    body = packed()[:8] + struct.pack("<I", 2) + packed()[12:-SHA]
-    with pytest.raises(PackedFileError, match=r"version 2; this program reads version 1"):
+    body = packed()[:8] + struct.pack("<I", 3) + packed()[12:-SHA]
+    with pytest.raises(PackedFileError, match=r"version 3; this program reads 1 and 2"):
         unpack(sealed(body), network())
 
 
@@ -221,19 +335,10 @@ def test_a_file_cut_anywhere_with_a_new_checksum_is_refused():
 
 HUGE = 10**4000
 FIELDS: dict[str, list[object]] = {
-    "alpha": [
-        float("nan"),
-        float("inf"),
-        -float("inf"),
-        1e300,
-        -1.0,
-        HUGE,
-        1,
-        True,
-        None,
-        "1",
-        [1.0],
-        {},
+    "alphas": [
+        *([a] for a in (float("nan"), float("inf"), -float("inf"), 1e300, -1.0, HUGE, 1, True)),
+        *([a] for a in (None, "1", [1.0], {})),
+        *(None, 1.0, "1", {}, [], [1.0] * 2, [1.0] * 4, [1.0] * 10**5),
     ],
     "shape": [
         None,
@@ -314,14 +419,14 @@ def test_a_forged_header_is_refused():
 
 
 def test_a_tensor_named_twice_is_refused():
-    entry = {"name": "a", "shape": [2, 2], "kind": "ternary", "alpha": 1.0}
+    entry = {"name": "a", "shape": [2, 2], "kind": "ternary", "alphas": [1.0]}
     assert parse(crafted({"tensors": [entry]}, b"\x49"))[1]["a"].tolist() == [[1, -1], [0, 1]]
     with pytest.raises(PackedFileError, match="twice"):
         parse(crafted({"tensors": [entry, entry]}, b"\x49\x49"))
 
 
 def test_a_code_that_is_no_weight_is_refused():
-    entry = {"name": "a", "shape": [2, 2], "kind": "ternary", "alpha": 1.0}
+    entry = {"name": "a", "shape": [2, 2], "kind": "ternary", "alphas": [1.0]}
     with pytest.raises(PackedFileError, match="a holds a code"):
         parse(crafted({"tensors": [entry]}, b"\xc0"))
 
@@ -338,9 +443,11 @@ def test_a_lying_header_length_is_refused():
 @pytest.mark.parametrize(
     "shape", [[2**20, 2**19], [2**39], [2**39] * 30, [0, 2**62]], ids=["2T", "big", "huge", "zero"]
 )
-@pytest.mark.parametrize("kind", ["ternary", "float32", "int64"])
+@pytest.mark.parametrize("kind", ["ternary", "float32", "float64", "int64"])
 def test_declared_sizes_cost_no_memory(kind: str, shape: list[int]):
-    data = crafted({"tensors": [{"name": "a", "shape": shape, "kind": kind, "alpha": 1.0}]}, b"abc")
+    data = crafted(
+        {"tensors": [{"name": "a", "shape": shape, "kind": kind, "alphas": [1.0]}]}, b"abc"
+    )
     tracemalloc.start()
     try:
         with pytest.raises(PackedFileError):

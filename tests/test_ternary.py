@@ -11,10 +11,12 @@ from scipy.integrate import quad
 from scipy.stats import norm
 from torch import Tensor, nn
 
+from fl_wb.generators.copies import copy_of
 from fl_wb.generators.networks import make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.ternary import Ternarization, Ternary, pack, ternarizable, ternarize, unpack
-from fl_wb.ternary.ternarization import _fold_statistics, mean_above
+from fl_wb.ternary.planes import mean_above, planes_needed, take_statistics
+from fl_wb.ternary.ternarization import _fold_statistics
 from fl_wb.transport import energy_distance
 from tests.points import same
 
@@ -31,9 +33,9 @@ def trained(name: str = "mlp", width: int = 16) -> nn.Module:
     return generator.eval()
 
 
-def quick(iterations: int = 3, **fields: float) -> Ternarization:
+def quick(iterations: int = 3, planes: int = 1, **fields: float) -> Ternarization:
     """Make settings of few iterations."""
-    return Ternarization(iterations, **fields)
+    return Ternarization(iterations, planes=planes, **fields)
 
 
 class Layers(nn.Module):
@@ -98,24 +100,23 @@ def test_the_mean_above_a_threshold_is_the_truncated_gaussian_s(ratio: float):
 
 def test_a_gaussian_weight_becomes_its_mean_magnitude_above_the_threshold():
     rng = torch.Generator().manual_seed(0)
-    weight = 0.3 + 0.1 * torch.randn(400, 400, generator=rng)
+    weight = 0.1 * torch.randn(400, 400, generator=rng)
     ternary = Ternary(weight)
     with torch.no_grad():
         ternary.threshold.fill_(0.8)
         result = ternary(weight)
-    centred = weight - weight.mean()
-    above = centred.abs() > 0.8 * centred.std(correction=0)
-    assert result.sign().equal(centred.sign() * above)
+    above = weight.abs() > 0.08
+    assert result.sign().ne(weight.sign() * above).float().mean() < 1e-3
     alpha = result.max().item()
-    assert alpha == pytest.approx(centred[above].abs().mean().item(), rel=0.01)
+    assert alpha == pytest.approx(weight[above].abs().mean().item(), rel=1e-3)
+    assert alpha == pytest.approx(0.1 * mean_above(torch.tensor(0.8)).item(), rel=0.01)
     assert values(result) == {-alpha, 0.0, alpha}
 
 
 def test_the_first_threshold_is_seven_tenths_of_the_mean_magnitude():
     weight = torch.randn(50, 50, generator=torch.Generator().manual_seed(0))
-    centred = weight - weight.mean()
-    threshold = Ternary(weight).threshold.item() * centred.std()
-    assert threshold.item() == pytest.approx(0.7 * centred.abs().mean().item(), rel=1e-3)
+    threshold = Ternary(weight).threshold.item() * weight.square().mean().sqrt()
+    assert threshold.item() == pytest.approx(0.7 * weight.abs().mean().item(), rel=1e-3)
 
 
 def test_gradients_go_straight_to_weights_and_by_alpha_to_the_threshold():
@@ -128,11 +129,48 @@ def test_gradients_go_straight_to_weights_and_by_alpha_to_the_threshold():
     (upstream * result).sum().backward()
 
     assert weight.grad is not None and weight.grad.equal(upstream)
-    signs, std = result.detach().sign(), weight.detach().std(correction=0)
+    signs, scale = result.detach().sign(), weight.detach().square().mean().sqrt()
     ratio, step = ternary.threshold.detach(), 1e-5
     slope = (mean_above(ratio + step) - mean_above(ratio - step)) / (2 * step)
-    expected = (upstream * signs).sum() * std * slope
+    expected = (upstream * signs).sum() * scale * slope
     torch.testing.assert_close(ternary.threshold.grad, expected, rtol=1e-5, atol=0)
+
+
+def lost(weight: Tensor, planes: int = 1) -> float:
+    rest = Ternary(weight, planes)(weight).detach() - weight
+    return (rest.norm() / weight.norm()).item()
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.tensor([[0.9]]),
+        torch.tensor([-1e-5]),
+        torch.full((3, 5, 2), -0.3),
+        torch.tensor([[2.0, 0.0, -2.0, 2.0], [0.0, 2.0, 2.0, 0.0]]),
+        torch.tensor([[0.0, 4.0], [4.0, 4.0]]),
+        torch.zeros(2, 2),
+    ],
+)
+def test_what_has_one_magnitude_stays_as_it_is(weight: Tensor):
+    torch.testing.assert_close(Ternary(weight)(weight).detach(), weight, rtol=1e-6, atol=0)
+
+
+def test_weights_of_one_sign_keep_their_mean():
+    weight = 1 + 0.2 * torch.rand(30, 30, generator=torch.Generator().manual_seed(0))
+    for sign in (1, -1):
+        result = Ternary(sign * weight)(sign * weight)
+        assert result.mean().item() == pytest.approx(sign * 1.1, abs=0.01)
+        assert lost(sign * weight) < 0.06 and lost(sign * weight, 2) < 0.03
+
+
+def test_every_plane_takes_up_what_the_others_leave():
+    weight = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
+    one, two, three = (lost(weight, planes) for planes in (1, 2, 3))
+    assert 0.4 < one < 0.5 and two < 0.5 * one and three < 0.7 * two
+    first = Ternary(weight)(weight).detach()
+    both = first + Ternary(weight - first)(weight - first).detach()
+    assert both.equal(Ternary(weight, 2)(weight))
 
 
 # what ternarize returns
@@ -220,6 +258,129 @@ def test_statistics_are_folded_into_scale_and_shift():
 
     torch.testing.assert_close(norm(x), before)
     assert norm.running_mean.eq(0).all() and len(values(norm.running_var)) == 1
+
+
+class Gain(nn.Module):
+    """A network whose last layer is a gain."""
+
+    latent_dim = 4
+
+    def __init__(self, out: nn.Module, shape: tuple[int, ...], weight: float | None = None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 24), nn.ReLU(), nn.Linear(24, 12))
+        self.out, self.shape = out, shape
+        with torch.no_grad():
+            out.weight.fill_(weight) if weight else out.weight.abs_()
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.out(self.body(z).unflatten(1, self.shape))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Gain(nn.Linear(1, 1, bias=False), (12, 1), -2.5),
+        lambda: Gain(nn.ConvTranspose1d(1, 1, 1), (1, 12), 0.3),
+        lambda: Gain(nn.Conv2d(3, 2, 1), (3, 2, 2), 0.7),
+        lambda: Gain(nn.Linear(12, 30), (12,)),
+    ],
+    ids=["one weight", "one of a convolution", "equal ones", "one sign"],
+)
+def test_layers_of_one_sign_or_no_spread_keep_the_spread(make: Callable[[], nn.Module]):
+    torch.manual_seed(2)
+    generator = make()
+    ternary = ternarize(generator, settings=quick(100))
+    before, after = (generate(g, 1000).flatten(1).std(0).mean() for g in (generator, ternary))
+    assert 0.8 < (after / before).item() < 1.2
+    if len(generator.out.weight.unique()) == 1:  # no training is needed
+        start = ternarize(generator, settings=quick(0)).out.weight
+        torch.testing.assert_close(start, generator.out.weight)
+
+
+# planes
+
+
+def test_a_layer_gets_the_planes_that_it_needs():
+    # Whose samples are a cliff of the first weight needs it exactly; the last one is linear.
+    class Cliff(nn.Module):
+        latent_dim = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 8)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.last((1.5 * self.first(z)).sin())
+
+    torch.manual_seed(0)
+    generator = Cliff().eval()
+    z = torch.randn(500, 4)
+    assert planes_needed(generator, z, 3, seed=0) == [1, 1]
+    with torch.no_grad():
+        generator.first.weight.mul_(4)
+    assert planes_needed(generator, z, 3, seed=0) == [2, 1]
+    assert planes_needed(generator, z, 1, seed=0) == [1, 1]
+
+    ternary = ternarize(generator, settings=quick(0, planes=2))
+    assert len(ternary.first.weight.abs().unique()) == 5
+    assert len(ternary.last.weight.abs().unique()) == 2
+    assert same(unpack(pack(ternary), Cliff()), ternary)
+
+
+@pytest.mark.parametrize("make", [trained, lambda: trained("conv", 8)])
+def test_normalisation_makes_up_for_other_activations(make: Callable[[], nn.Module]):
+    teacher, z = make(), torch.randn(500, 8)
+    for name, buffer in teacher.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 2)  # which are not those of its activations
+    student = copy_of(teacher)
+    with torch.no_grad():
+        for _, layer in list(ternarizable(student))[:-1]:
+            layer.weight.mul_(3)
+        assert not torch.allclose(student(z), teacher(z), atol=0.1)
+        take_statistics(student, teacher, z, seed=0)
+        torch.testing.assert_close(student(z), teacher(z), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("planes", [0, 4, -1])
+def test_planes_out_of_range_are_refused(planes: int):
+    with pytest.raises(ValueError, match=f"planes={planes} is not between 1 and 3"):
+        Ternarization(planes=planes)
+
+
+# what came of it
+
+
+@pytest.mark.parametrize("lr", [100.0, 1e30])
+def test_a_training_that_ruins_hands_back_the_start(lr: float):
+    start = ternarize(trained(), settings=quick(0))
+    assert same(ternarize(trained(), settings=quick(20, lr=lr)), start)
+
+
+def test_a_ruined_generator_is_not_handed_back_silently(caplog: pytest.LogCaptureFixture):
+    class Chaos(nn.Module):
+        latent_dim = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 30)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return (100 * self.layer(z)).sin()
+
+    torch.manual_seed(0)
+    ternarize(nn.Linear(4, 30), settings=quick(3), latent_dim=4)
+    assert not caplog.records
+    ternarize(Chaos(), settings=quick(3))
+    (record,) = caplog.records
+    assert "A ternary Chaos loses" in record.message
+
+
+def test_a_generator_that_is_not_finite_is_refused():
+    generator = nn.Sequential(nn.Linear(4, 3))
+    generator[0].weight.data[0, 0] = torch.inf
+    with pytest.raises(FloatingPointError, match="ternary Sequential makes samples"):
+        ternarize(generator, settings=quick(), latent_dim=4)
 
 
 @pytest.mark.filterwarnings("error")

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from fl_wb.ternary.numpy_reader import PackedFileError, parse
 from fl_wb.ternary.packing import load, pack, save, unpack
-from fl_wb.ternary.ternarization import Ternarization, Ternary, ternarizable, ternarize
+from fl_wb.ternary.planes import Ternary, ternarizable
+from fl_wb.ternary.ternarization import Ternarization, ternarize
 
 __all__ = [
     "PackedFileError",

@@ -3,7 +3,8 @@
     from numpy_reader import PackedGenerator
     samples = PackedGenerator("target-0.flwb", shape=(1, 8, 8)).samples(16, seed=0)
 
-It runs the networks that FL-WB ships ("mlp", "conv", "dcgan"). The format is documented in
+It runs the networks that FL-WB ships ("mlp", "conv", "dcgan"), with other weights of their sources,
+too (`fl_wb.generators.reweighted`). The format is documented in
 docs/ternary-format.md; `fl_wb.ternary.packing` reads files by the same `parse` where torch is at
 hand. Nothing of FL-WB is imported here, on purpose.
 """
@@ -15,17 +16,22 @@ import json
 import math
 import struct
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-MAGIC, VERSION = b"FLWBTERN", 1
+MAGIC, VERSION = b"FLWBTERN", 2
 NETWORKS = ("MLPGenerator", "ConvGenerator", "DCGANGenerator")
 EPSILON = 1e-5  # of torch's batch normalisation
 PREFIX = struct.Struct("<8sII")
 _SHA = 32
-_BYTES = {"float32": 4, "int64": 8}
+_BYTES = {"float32": 4, "float64": 8, "int64": 8}
+_MOST_PLANES = 3
+_MOST_CELLS = 1024  # few enough for a tree of any shape
+_TAIL = 1e-9  # of Phi, as in fl_wb.generators.code
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -56,9 +62,12 @@ class PackedGenerator:
             raise PackedFileError(f"{path} holds a {network!r}, not one of {', '.join(NETWORKS)}")
         self.shape = tuple(shape)
         layers: dict[int, dict[str, Array]] = {}
+        self._code = code_in(arrays)
         try:
             for name, array in arrays.items():
-                _, index, key = name.split(".")
+                if self._code and name in CODE:
+                    continue
+                *_, index, key = name.removeprefix("generator.").split(".")
                 layers.setdefault(int(index), {})[key] = array
             self._layers = [layers[index] for index in sorted(layers)]
             self.latent_dim = int(self._layers[0]["weight"].shape[1])
@@ -76,7 +85,7 @@ class PackedGenerator:
     def __call__(self, z: Array) -> Array:
         """Map latents (n, latent_dim) to samples (n, *shape)."""
         convolutions = sum(layer["weight"].ndim == 4 for layer in self._layers)
-        x = z
+        x = recoded(z, *self._code) if self._code else z
         for layer in self._layers:
             weight = layer["weight"]
             if weight.ndim == 1:  # a normalisation, which ReLU follows in every shipped network
@@ -106,8 +115,8 @@ def parse(data: bytes) -> tuple[str, dict[str, Array]]:
     if hashlib.sha256(body).digest() != data[-_SHA:]:
         raise PackedFileError("its checksum does not agree: it is truncated or was altered")
     _, version, length = PREFIX.unpack_from(data)
-    if version != VERSION:
-        raise PackedFileError(f"it has version {version}; this program reads version {VERSION}")
+    if version not in (1, VERSION):
+        raise PackedFileError(f"it has version {version}; this program reads 1 and {VERSION}")
     try:
         header = json.loads(bytes(body[PREFIX.size : PREFIX.size + length]))
         entries = [_entry(entry) for entry in header["tensors"]]
@@ -119,33 +128,151 @@ def parse(data: bytes) -> tuple[str, dict[str, Array]]:
     if len({name for name, *_ in entries}) != len(entries):
         raise PackedFileError("its header names a tensor twice")
     arrays = {}
-    for name, shape, kind, alpha, size in entries:
+    for name, shape, kind, alphas, size in entries:
         part, payload = payload[:size], payload[size:]
         if kind != "ternary":
             arrays[name] = np.frombuffer(part, f"<{kind[0]}{_BYTES[kind]}").reshape(shape)
             continue
         codes = np.frombuffer(part, np.uint8)[:, None] >> np.array([0, 2, 4, 6], np.uint8) & 3
-        codes = codes.reshape(-1)[: math.prod(shape)]
         if (codes == 3).any():
             raise PackedFileError(f"{name} holds a code that is no ternary weight")
-        arrays[name] = np.array([0.0, alpha, -alpha], np.float32)[codes].reshape(shape)
+        signs = np.array([0, 1, -1], np.int8)[codes].reshape(len(alphas), -1)
+        arrays[name] = planes_sum(alphas, signs[:, : math.prod(shape)]).reshape(shape)
     return str(header.get("network")), arrays
 
 
-def _entry(entry: dict[str, Any]) -> tuple[str, list[int], str, float, int]:
-    """Return a tensor's name, shape, kind, alpha and bytes; refuse what cannot be."""
-    name, shape, kind, alpha = entry["name"], entry["shape"], entry["kind"], entry.get("alpha", 0.0)
+def planes_sum(alphas: Sequence[float], signs: Array) -> Array:
+    """Add up ternary planes, the first one first: alphas (planes,), signs (planes, ...)."""
+    total = np.zeros(signs.shape[1:], np.float32)
+    for alpha, plane in zip(alphas, signs, strict=True):
+        total = total + np.array([0.0, alpha, -alpha], np.float32)[plane]
+    return total
+
+
+CODE = ("shares", "weights")
+
+
+def code_in(arrays: dict[str, Array]) -> tuple[Array, Array] | None:
+    """Return the shares and weights of a generator's cells, (K,) each, if it has them.
+
+    Raises
+    ------
+    PackedFileError
+        If they are none.
+    """
+    if not all(name in arrays for name in CODE):
+        return None
+    shares, weights = (arrays[name] for name in CODE)
+    if not (
+        shares.dtype == weights.dtype == np.float64
+        and shares.ndim == 1
+        and shares.shape == weights.shape
+        and 0 < len(shares) <= _MOST_CELLS
+        and all(0 < share < math.inf for share in shares)
+        and all(0 <= weight < math.inf for weight in weights)
+        and weights.any()
+    ):
+        raise PackedFileError("its shares and weights are those of no code")
+    return shares, weights
+
+
+def _entry(entry: dict[str, Any]) -> tuple[str, list[int], str, list[float], int]:
+    """Return a tensor's name, shape, kind, alphas and bytes; refuse what cannot be."""
+    name, shape, kind = entry["name"], entry["shape"], entry["kind"]
     if not (isinstance(name, str) and isinstance(shape, list) and len(shape) <= 32):
         raise ValueError("a tensor needs a name and a shape")
     if not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"shape {shape}")
     if math.prod(max(n, 1) for n in shape) >= 2**40:  # too big for numpy even beside a 0
         raise ValueError(f"shape {shape}")
-    if kind == "ternary":
-        if not (isinstance(entry["alpha"], float) and 0 <= alpha <= float(np.finfo("f4").max)):
-            raise ValueError(f"alpha {alpha!r}")
-        return name, shape, kind, alpha, -(-math.prod(shape) // 4)
-    return name, shape, kind, alpha, math.prod(shape) * _BYTES[kind]
+    if kind != "ternary":
+        return name, shape, kind, [], math.prod(shape) * _BYTES[kind]
+    alphas = entry["alphas"] if "alphas" in entry else [entry["alpha"]]
+    if not (isinstance(alphas, list) and 0 < len(alphas) <= _MOST_PLANES):
+        raise ValueError(f"alphas {alphas!r}")
+    if not all(isinstance(alpha, float) and alpha >= 0 for alpha in alphas):
+        raise ValueError(f"alphas {alphas!r}")
+    if not sum(alphas) <= float(np.finfo("f4").max):
+        raise ValueError(f"alphas {alphas!r}")
+    return name, shape, kind, alphas, len(alphas) * -(-math.prod(shape) // 4)
+
+
+def recoded(z: Array, shares: Array, weights: Array) -> Array:
+    """Move latents (n, latent_dim) so that cell k of the code gets weights[k] of them.
+
+    The same as `fl_wb.generators.code.Code.recode`, in numpy.
+    """
+    if len(shares) == 1:
+        return z
+    total = math.fsum(shares)
+    children, paths = _tree([float(share) / total for share in shares])
+    known, steps = paths >= 0, np.maximum(paths, 0)
+
+    def cuts(masses: Array) -> Array:
+        below = np.zeros(2 * len(children))
+        np.add.at(below, steps, masses[:, None] * known)
+        left, right = below.reshape(-1, 2).T
+        return np.divide(left, left + right, out=np.full(len(left), 0.5), where=left + right > 0)
+
+    levels = [(depth, depth % z.shape[1]) for depth in range(paths.shape[1])]
+    used = z[:, : len(levels)]  # the other coordinates stay
+    with np.errstate(all="ignore"):
+        u, ratio = _phi(used.astype(np.float64)), cuts(weights)
+        node, cut = np.zeros(len(z), np.int64), np.zeros(used.shape, bool)
+        for _, column in levels:
+            at, inside = np.maximum(node, 0), node >= 0
+            p, x = ratio[at], u[:, column]
+            right = x >= p
+            u[:, column] = np.where(inside, np.where(right, (x - p) / (1 - p), x / p), x)
+            cut[:, column] |= inside
+            node = np.where(inside, children[at, right.astype(np.int64)], node)
+        used = _moved(used, u, cut)
+        u, ratio = _phi(used.astype(np.float64)), cuts(shares / total)
+        for depth, column in reversed(levels):
+            step = paths[~node, depth]
+            p, x = ratio[np.maximum(step, 0) // 2], u[:, column]
+            outer = np.where(step % 2 == 1, p + (1 - p) * x, p * x)
+            u[:, column] = np.where(step >= 0, outer, x)
+        used = _moved(used, u, cut)
+    return np.concatenate([used, z[:, len(levels) :]], axis=1)
+
+
+def _tree(shares: Sequence[float]) -> tuple[Array, Array]:
+    """Return Huffman's tree: its nodes' children (K-1, 2), the paths to its cells (K, depth).
+
+    The root is first; cell k stands as ~k. A path has 2 node + side at each depth, -1 below a cell.
+    """
+    heap = [(share, cell, ~cell) for cell, share in enumerate(shares)]
+    heapify(heap)
+    joined: list[tuple[int, int]] = []
+    while len(heap) > 1:
+        one, other = heappop(heap), heappop(heap)
+        left, right = sorted((one, other), key=lambda subtree: subtree[1])
+        heappush(heap, (one[0] + other[0], left[1], len(joined)))
+        joined.append((left[2], right[2]))
+    last = len(joined) - 1  # the root was joined last
+    children = [[last - c if c >= 0 else c for c in pair] for pair in reversed(joined)]
+    ways: list[list[int]] = [[] for _ in shares]
+    above: dict[int, list[int]] = {0: []}
+    for node, pair in enumerate(children):
+        for side, child in enumerate(pair):
+            way = [*above[node], 2 * node + side]
+            if child >= 0:
+                above[child] = way
+            else:
+                ways[~child] = way
+    depth = max(map(len, ways))
+    paths = np.array([way + [-1] * (depth - len(way)) for way in ways], np.int64)
+    return np.array(children, np.int64).reshape(-1, 2), paths.reshape(len(shares), depth)
+
+
+_phi = np.vectorize(NormalDist().cdf, otypes=[np.float64])
+_inverse_phi = np.vectorize(NormalDist().inv_cdf, otypes=[np.float64])
+
+
+def _moved(z: Array, u: Array, cut: Array) -> Array:
+    inverse = _inverse_phi(np.clip(np.nan_to_num(u), _TAIL, 1 - _TAIL))
+    return np.where(cut, inverse.astype(z.dtype), z)
 
 
 def _across(values: Array, x: Array) -> Array:

@@ -1,23 +1,27 @@
 """The packed file of a ternary generator: four weights to a byte, checked before it is trusted.
 
-Layout (version 1, little-endian)::
+Layout (version 2, little-endian)::
 
     8 bytes   magic "FLWBTERN"
     4 bytes   version (uint32)
     4 bytes   length of the header (uint32)
-    header    UTF-8 JSON: {"network": class name, "tensors": [{"name", "shape", "kind", "alpha"}]}
+    header    UTF-8 JSON: {"network": class name, "tensors": [{"name", "shape", "kind", "alphas"}]}
     payload   the tensors one after another, in the header's order
     32 bytes  SHA-256 of everything before
 
-A tensor's kind is "ternary" (ceil(n / 4) bytes; weight 4b + i is in bits 2i, 2i+1 of byte b: 0, 1
-and 2 stand for 0, +alpha and -alpha), "float32" or "int64" (raw). Nothing in it is code. The bytes
-are read in `fl_wb.ternary.numpy_reader`, which needs no torch.
+A tensor's kind is "ternary" (a plane for each alpha, one after another: ceil(n / 4) bytes; weight
+4b + i is in bits 2i, 2i+1 of byte b: 0, 1 and 2 stand for 0, +alpha and -alpha; the planes add up),
+"float32", "float64" or "int64" (raw). A `Reweighted` generator is named by the class inside; its
+tensors say the rest. Nothing in it is code. The bytes are read in `fl_wb.ternary.numpy_reader`,
+which needs no torch, and reads version 1, too (one plane, "alpha").
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +29,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
+from fl_wb.generators.reweighted import Reweighted, reweighted
 from fl_wb.persistence.tensor_files import write_atomic
-from fl_wb.ternary.numpy_reader import MAGIC, PREFIX, VERSION, PackedFileError, parse
+from fl_wb.ternary.numpy_reader import (
+    MAGIC,
+    PREFIX,
+    VERSION,
+    PackedFileError,
+    code_in,
+    parse,
+    planes_sum,
+)
 
-_RAW: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8")}
+MOST_PLANES = 3
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def save(generator: nn.Module, path: str | Path) -> Path:
@@ -48,7 +64,7 @@ def load(path: str | Path, generator: nn.Module) -> nn.Module:
 
 
 def pack(generator: nn.Module) -> bytes:
-    """Pack a generator's state: two bits a weight where a tensor takes -alpha, 0, alpha.
+    """Pack a generator's state: two bits a weight for each ternary plane of a tensor.
 
     Raises
     ------
@@ -59,19 +75,19 @@ def pack(generator: nn.Module) -> bytes:
     payload: list[bytes] = []
     for name, tensor in generator.state_dict().items():
         entry: dict[str, Any] = {"name": name, "shape": list(tensor.shape)}
-        values = tensor.detach().cpu().reshape(-1)
-        alpha = _alpha_of(values)
-        if alpha is not None:
-            entry |= {"kind": "ternary", "alpha": alpha}
-            payload.append(_to_bits(values))
+        array = _array(tensor)
+        alphas = _alphas_of(array, MOST_PLANES if tensor.dim() > 1 else 1)
+        if alphas:
+            entry |= {"kind": "ternary", "alphas": alphas}
+            payload += [_to_bits(plane) for plane in _planes_of(array, alphas)]
         else:
-            kind = "float32" if tensor.is_floating_point() else "int64"
-            entry["kind"] = kind
-            payload.append(values.to(getattr(torch, kind)).numpy().astype(_RAW[kind]).tobytes())
+            entry["kind"] = array.dtype.name
+            payload.append(array.astype(array.dtype.newbyteorder("<")).tobytes())
         tensors.append(entry)
+    network = type(_inside(generator)).__name__
     if not any(e["kind"] == "ternary" and len(e["shape"]) > 1 for e in tensors):
-        raise ValueError(f"no weight of this {type(generator).__name__} is ternary: ternarize it")
-    header = json.dumps({"network": type(generator).__name__, "tensors": tensors}).encode()
+        raise ValueError(f"no weight of this {network} is ternary: ternarize it")
+    header = json.dumps({"network": network, "tensors": tensors}).encode()
     body = PREFIX.pack(MAGIC, VERSION, len(header)) + header + b"".join(payload)
     return body + hashlib.sha256(body).digest()
 
@@ -84,7 +100,8 @@ def unpack(data: bytes, generator: nn.Module) -> nn.Module:
     data : bytes
         What `pack` returned.
     generator : nn.Module
-        Any module of the same architecture; left alone.
+        Any module of the same architecture; left alone. Where the file holds a `Reweighted`
+        generator, of the one inside.
 
     Raises
     ------
@@ -92,7 +109,13 @@ def unpack(data: bytes, generator: nn.Module) -> nn.Module:
         If the bytes are damaged, or are of another version or network.
     """
     _, state = parse(data)
-    loaded = copy_of(generator)
+    code = code_in(state)
+    loaded = copy_of(_inside(generator) if code else generator)
+    if code:
+        try:
+            loaded = reweighted(loaded, Code(code[0].tolist()), code[1].tolist())
+        except ValueError as error:
+            raise PackedFileError(f"its code is none: {error}") from None
     own = {name: tensor.shape for name, tensor in loaded.state_dict().items()}
     for name in [*own, *state]:
         if name not in state or name not in own or own[name] != state[name].shape:
@@ -105,16 +128,56 @@ def unpack(data: bytes, generator: nn.Module) -> nn.Module:
     return loaded.eval()
 
 
-def _alpha_of(values: Tensor) -> float | None:
-    """Return the one magnitude of a tensor's non-zero values, or None if there are several."""
-    if not values.is_floating_point():
-        return None
-    magnitude = values.abs()
-    alpha = magnitude.max().item() if len(values) else 0.0
-    return alpha if bool(((magnitude == alpha) | (magnitude == 0)).all()) else None
+def _inside(generator: nn.Module) -> nn.Module:
+    return generator.generator if isinstance(generator, Reweighted) else generator
 
 
-def _to_bits(values: Tensor) -> bytes:
-    codes = (values.sign().to(torch.int8).numpy() % 3).astype(np.uint8)  # -1 becomes 2
+def _array(tensor: Tensor) -> Array:
+    """Return a flat array of a dtype that the file has."""
+    kind = torch.float32 if tensor.is_floating_point() else torch.int64
+    if tensor.dtype == torch.float64 and tensor.dim() == 1:
+        kind = torch.float64  # a code's shares need their digits
+    array: Array = tensor.detach().cpu().reshape(-1).to(kind).numpy()
+    return array
+
+
+def _alphas_of(array: Array, most: int) -> list[float]:
+    """Return the fewest magnitudes whose ternary planes add up to an array, bit for bit.
+
+    Empty if there are none, or if one of them never stands alone, as in tensors of a few weights.
+    """
+    if array.dtype != np.float32:
+        return []
+    levels = np.unique(np.abs(array))
+    if not np.isfinite(levels).all():
+        return []
+    magnitudes = levels[levels > 0][::-1]
+    if not len(magnitudes):
+        return [0.0]
+    for planes in range(1, most + 1):
+        if len(magnitudes) > (3**planes - 1) // 2:
+            continue
+        for alphas in permutations(magnitudes.tolist(), planes):
+            if np.isin(magnitudes, list(_sums(alphas))).all():
+                return list(alphas)
+    return []
+
+
+def _sums(alphas: Sequence[float]) -> dict[np.float32, tuple[int, ...]]:
+    """Return the values that planes of these alphas add up to, and the signs that make each."""
+    signs = list(product((0, 1, -1), repeat=len(alphas)))
+    sums = planes_sum(alphas, np.array(signs, np.int8).T)
+    return dict(zip(sums[::-1], signs[::-1], strict=True))  # zeros win where several signs do
+
+
+def _planes_of(array: Array, alphas: Sequence[float]) -> Array:
+    """Return each plane's signs: (planes, n)."""
+    levels, where = np.unique(array, return_inverse=True)
+    signs = _sums(alphas)
+    return np.array([signs[level] for level in levels], np.int8).reshape(len(levels), -1)[where].T
+
+
+def _to_bits(signs: Array) -> bytes:
+    codes = (signs % 3).astype(np.uint8)  # -1 becomes 2
     codes = np.pad(codes, (0, -len(codes) % 4)).reshape(-1, 4)
     return bytes(np.bitwise_or.reduce(codes << np.array([0, 2, 4, 6], np.uint8), axis=1))

@@ -1,46 +1,40 @@
 """Ternarization of a generator: weights and thresholds learned together.
 
-Each weight tensor W becomes alpha * Q, with Q in {-1, 0, +1} by a threshold Delta around the mean
-m of W: +1 above m + Delta, -1 below m - Delta. For the Gaussian fitted to W the mean magnitude
-above the threshold has a closed form in Delta (a truncated Gaussian), so alpha carries a
-gradient to Delta (He and Fan, "Simultaneously Optimizing Weight and Quantizer of Ternary Neural
-Network Using Truncated Gaussian Approximation", CVPR 2019). Biases and normalisation stay in
-full precision. `fl_wb.ternary.packing` has the file format.
+Each weight tensor becomes a ternary plane (`fl_wb.ternary.planes`), or the sum of a few where one
+does not follow. Biases and normalisation stay in full precision. `fl_wb.ternary.packing` has the
+file format.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import update_bn
 
 from fl_wb.generators.copies import copy_of
+from fl_wb.generators.reweighted import Reweighted
 from fl_wb.generators.sampling import device_of, latent_dim_of
 from fl_wb.settings import above, at_least
-from fl_wb.ternary.numpy_reader import PackedFileError
-from fl_wb.ternary.packing import load, pack, save, unpack
+from fl_wb.ternary.planes import (
+    STATISTICS,
+    Ternary,
+    planes_needed,
+    share_lost,
+    take_statistics,
+    ternarizable,
+)
 from fl_wb.ternary.rotation import turned
 from fl_wb.training.distillation import Distillation, distill, pairs_of
 from fl_wb.training.random_numbers import own_random_numbers
 from fl_wb.training.wgan import Progress
 
-__all__ = [
-    "PackedFileError",
-    "Ternarization",
-    "Ternary",
-    "load",
-    "pack",
-    "save",
-    "ternarizable",
-    "ternarize",
-    "unpack",
-]
+log = logging.getLogger(__name__)
 
 SETTLED = 0.7
 """Share of the iterations after which weights and thresholds stand still."""
@@ -48,11 +42,11 @@ SETTLED = 0.7
 REST_LR = 1e-2
 """Learning rate of what stays in full precision (biases, normalisation): it learns to the end."""
 
-STATISTICS = 2560
-"""Samples whose statistics the normalisation takes."""
+PLANES = 3
+"""At most so many planes: nothing of a weight's error is left to see."""
 
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # the latter: all convolutions, transposed too
-"""Layers whose weight is ternarized."""
+RUINED = 0.75
+"""Share of the teacher's variation that no ternary generator should lose."""
 
 
 @dataclass
@@ -72,67 +66,18 @@ class Ternarization(Distillation):
     threshold_lr
         Learning rate of Delta / std(W); 0 keeps the thresholds where they start. Much larger
         rates drift until no weight is zero.
+    planes
+        At most so many ternary planes a weight, 2 bits each: a layer gets as many as it needs.
     """
 
     lr: Annotated[float, above(0)] = 2e-3
     energy: Annotated[float, at_least(0)] = 2.5
     threshold_lr: Annotated[float, at_least(0)] = 2e-4
+    planes: Annotated[int, at_least(1, below=4)] = 2
 
-
-class Ternary(nn.Module):
-    """Parametrization of one weight tensor: W -> alpha(Delta) * Q(W, Delta).
-
-    Parameters
-    ----------
-    weight : Tensor
-        The weight at the start; Delta begins at 0.7 E|W - m|, the best threshold for a
-        Gaussian under squared error (Li and Liu, 2016).
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        centred = weight.detach() - weight.detach().mean()
-        ratio = 0.7 * centred.abs().mean() / centred.std(correction=0).clamp_min(1e-12)
-        # In units of W's standard deviation, so that one learning rate suits every layer.
-        self.threshold = nn.Parameter(ratio.clamp(0.05, 2.0))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return alpha * Q, of the weight's shape; straight through to W, by alpha to Delta."""
-        centred = weight.detach() - weight.detach().mean()
-        std = centred.std(correction=0).clamp_min(1e-12)
-        ratio = self.threshold.clamp(0.05, 2.0)
-        signs = torch.sign(centred) * (centred.abs() > ratio.detach() * std)
-        ternary: Tensor = std * mean_above(ratio) * signs
-        return ternary + (weight - weight.detach())
-
-
-def mean_above(ratio: Tensor) -> Tensor:
-    """E[|x| given |x| > ratio] of x ~ N(0, 1): the alpha of a threshold, in units of std.
-
-    phi(r) / (1 - Phi(r)), the mean of the truncated Gaussian (He and Fan, 2019, eq. 9).
-    """
-    density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
-    mean: Tensor = density / torch.special.ndtr(-ratio)
-    return mean
-
-
-def ternarizable(generator: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, layer) of every layer whose weight is ternarized.
-
-    Raises
-    ------
-    ValueError
-        If a layer computes its weight from other parameters, which three values cannot replace.
-    """
-    for name, layer in generator.named_modules():
-        if isinstance(layer, LAYERS):
-            if "weight" not in layer._parameters:
-                raise ValueError(
-                    f"the weight of layer {name!r} of {type(generator).__name__} is no parameter "
-                    "but computed from others (weight_norm, spectral_norm, pruning), and cannot "
-                    "be ternarized: make the generator without that, or set ternarize=False"
-                )
-            yield name, layer
+    def __post_init__(self) -> None:  # noqa: D105
+        if self.planes not in range(1, PLANES + 1):
+            raise ValueError(f"planes={self.planes} is not between 1 and {PLANES}")
 
 
 def ternarize(
@@ -145,12 +90,17 @@ def ternarize(
     device: str | torch.device | None = None,
     callback: Progress | None = None,
 ) -> nn.Module:
-    """Return a copy whose every linear and convolution weight takes three values.
+    """Return a copy whose every linear and convolution weight takes three values, or a few more.
 
-    Weights and thresholds are trained together to generate, latent by latent, what the
-    full-precision generator generates. No data is needed. The latent is turned first where a
-    linear layer takes it (see `fl_wb.ternary.rotation`): the measure stays, but not what a latent
-    becomes.
+    A weight is one ternary plane, or the sum of as many as its layer needs. Weights and thresholds
+    are trained together to generate, latent by latent, what the full-precision generator
+    generates. No data is needed. The latent is turned first where a linear layer takes it
+    (see `fl_wb.ternary.rotation`): the measure stays, but not what a latent
+    becomes, so that cells of a code (`fl_wb.generators.code`) have no meaning any more. The latent
+    of a `Reweighted` generator, which uses them, is not turned.
+
+    A generator that lost more than training makes up for is returned as it was rounded if that is
+    better, and the loss is logged.
 
     Parameters
     ----------
@@ -172,19 +122,22 @@ def ternarize(
     -------
     nn.Module
         A plain module of the same architecture, in eval mode: each ternarized weight holds
-        -alpha, 0 and alpha, and nothing else.
+        -alpha, 0 and alpha, or sums of these of several alphas, and nothing else.
 
     Raises
     ------
     ValueError
         If the generator has no layer to ternarize.
+    FloatingPointError
+        If what it makes, or learns, is not finite.
     """
     settings = settings or Ternarization()
     if iterations is not None:
         settings = replace(settings, iterations=iterations)
     teacher = copy_of(generator).to(device or device_of(generator)).eval().requires_grad_(False)
     dim = latent_dim_of(teacher, latent_dim)
-    teacher = turned(teacher, lambda weight: Ternary(weight)(weight), dim, seed=seed)
+    if not isinstance(teacher, Reweighted):
+        teacher = turned(teacher, lambda weight: Ternary(weight)(weight), dim, seed=seed)
     ternary = _distilled(teacher, settings, dim, seed, callback)
     for module in ternary.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -206,19 +159,21 @@ def _distilled(
         raise ValueError(
             f"{type(teacher).__name__} has no linear or convolution layer to ternarize"
         )
+    rng = torch.Generator(device_of(teacher)).manual_seed(seed)
+    z = torch.randn(STATISTICS, dim, generator=rng, device=rng.device)
+    planes = planes_needed(teacher, z, settings.planes, seed)
     weights, thresholds = [], []
-    for layer in layers:
+    for layer, count in zip(layers, planes, strict=True):
         weight = layer.get_parameter("weight")
-        ternary = Ternary(weight).to(weight.device)
+        ternary = Ternary(weight, count).to(weight.device)
         # unsafe: the parametrization cannot be inverted, and need not be
         parametrize.register_parametrization(layer, "weight", ternary, unsafe=True)
         weights.append(weight)
         thresholds.append(ternary.threshold)
-    # Ternary weights give other activations, whose statistics are taken anew: once, because
-    # learning with those of every batch measured worse, and far worse with convolutions.
-    with own_random_numbers(seed):
-        z = torch.randn(STATISTICS, dim, device=device_of(student))
-        update_bn(z.split(128), student)
+    # Ternary weights give other activations, to which the normalisation is matched: once, because
+    # learning with the statistics of every batch measured worse, and far worse with convolutions.
+    take_statistics(student.eval(), teacher, z, seed)
+    start = copy.deepcopy(student.state_dict())
     apart = {id(parameter) for parameter in (*weights, *thresholds)}
     others = [p for p in student.parameters() if id(p) not in apart]
     distill(
@@ -236,6 +191,7 @@ def _distilled(
         ],
         callback=callback,
     )
+    _check(student, teacher, start, z, seed)
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     # A copy, because a weight whose parametrization was removed comes last in its layer's state,
@@ -243,6 +199,39 @@ def _distilled(
     plain = copy_of(teacher)
     plain.load_state_dict(student.state_dict())
     return plain
+
+
+@torch.no_grad()
+def _check(
+    student: nn.Module, teacher: nn.Module, start: dict[str, Tensor], z: Tensor, seed: int
+) -> None:
+    """Put a student back to its start if training ruined it; log what stays ruined."""
+
+    def made(generator: nn.Module) -> Tensor:
+        with own_random_numbers(seed):
+            samples: Tensor = generator(z)
+        return samples
+
+    wanted = made(teacher)
+    lost = share_lost(made(student), wanted)
+    if not lost <= RUINED:  # nor a number
+        learned = copy.deepcopy(student.state_dict())
+        student.load_state_dict(start)
+        rounded = share_lost(made(student), wanted)
+        if lost < rounded:
+            student.load_state_dict(learned)
+        lost = min(lost, rounded) if math.isfinite(lost) else rounded
+    if not math.isfinite(lost):
+        raise FloatingPointError(
+            f"a ternary {type(teacher).__name__} makes samples that are not finite"
+        )
+    if lost > RUINED:
+        log.warning(
+            "A ternary %s loses %.2f of what its samples vary by: more planes or iterations, or "
+            "ternarize=False",
+            type(teacher).__name__,
+            lost,
+        )
 
 
 @torch.no_grad()
