@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from fl_wb.adaptation.fast_adaptation import METHODS, POOL, Adaptation, adapt, choose_anchor
 from fl_wb.adaptation.variation import transport_pairs, variation_bank
-from fl_wb.adaptation.weights import WEIGHTS, fit_weights
+from fl_wb.adaptation.weights import WEIGHTS, fit_weights, folded, own_start
 
 __all__ = [
     "METHODS",
@@ -17,6 +17,8 @@ __all__ = [
     "adapt",
     "choose_anchor",
     "fit_weights",
+    "folded",
+    "own_start",
     "transport_pairs",
     "variation_bank",
 ]

@@ -16,7 +16,10 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from fl_wb.generators.code import Code
+from fl_wb.generators.copies import copy_of
+from fl_wb.generators.reweighted import Reweighted, reweighted
 from fl_wb.generators.sampling import device_of, latent_dim_of, sampling
+from fl_wb.training.distillation import Distillation, distill, pairs_of
 from fl_wb.transport import wasserstein1
 
 WEIGHTS = ("fitted", "radius", "uniform", "shares")
@@ -35,6 +38,11 @@ FOLDS = 10
 
 PRIOR = 40
 """Of n samples, PRIOR / n more are imagined that are the shares' own: a few say too little."""
+
+NEAR = 0.05
+"""Weights that move no more of the latents than this are the shares, as far as anybody sees."""
+
+FOLDING = Distillation(1500)
 
 MANY = 1000
 """Of more samples to fit to, so many are drawn."""
@@ -98,6 +106,37 @@ def fit_weights(
         inverse = 1 / radii.clamp(min=1e-12)
         return inverse / inverse.sum()
     return nearest_weights(cells, samples.detach().flatten(1).cpu().double(), shares)
+
+
+def own_start(
+    generator: nn.Module,
+    code: Code,
+    samples: Tensor,
+    *,
+    method: str = "fitted",
+    seed: int = 0,
+    latent_dim: int | None = None,
+) -> nn.Module:
+    """Return a target's own barycenter, for the arguments of `fit_weights`.
+
+    It shares the generator; where the weights are next to the code's shares, it is the generator.
+    """
+    weights = fit_weights(generator, code, samples, method=method, seed=seed, latent_dim=latent_dim)
+    moved = (weights - torch.tensor(code.shares, dtype=torch.float64)).abs().sum().item() / 2
+    if moved <= NEAR:
+        return generator
+    return reweighted(generator, code, weights, latent_dim=latent_dim)
+
+
+def folded(generator: Reweighted, *, seed: int = 0) -> nn.Module:
+    """Distil a reweighted generator into one of the architecture inside, whose weights say all.
+
+    For those who know that architecture alone; where a `Reweighted` will do, it costs nothing.
+    """
+    student = copy_of(generator.generator).eval().requires_grad_(True)
+    teacher = copy_of(generator).eval()
+    distill(student, pairs_of(teacher, generator.latent_dim), FOLDING, seed=seed)
+    return student
 
 
 def nearest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from fl_wb.ternary import parse
 log = logging.getLogger("flwr")
 
 COLUMNS = 12  # of a grid of pictures
-STEPS = ("few", "bank", "barycenter", "adapted", "ternary")
+STEPS = ("few", "bank", "barycenter", "reweighted", "adapted", "ternary")
 EVENTS = 20  # iterations between two points of a loss curve
 ROWS = 32  # of a picture: one of a thousand nodes would be a bomb to open
 
@@ -119,7 +119,7 @@ class Results:
             with self._part(node_id, "its pictures"):
                 for step, samples in replies.pictures(content, STEPS, self._shape).items():
                     self._pictures.setdefault(step, {})[name] = samples[:COLUMNS]
-        for step in ("few", "adapted", "ternary"):
+        for step in ("few", "reweighted", "adapted", "ternary"):
             self._draw(step, step)
 
     @contextmanager
@@ -198,7 +198,7 @@ class Results:
         if not last:
             raise RuntimeError("no target evaluated the generator: the log above says why")
         packed = max(self._ternary.values(), default=0)
-        sizes = {"barycenter": size, "adapted": size, "ternary": packed}
+        sizes = {"barycenter": size, "reweighted": size, "adapted": size, "ternary": packed}
         titles = {"barycenter": self.model, "few": "few, resampled"}
         return summary_table(
             {
@@ -246,7 +246,7 @@ class Results:
     def _draw_overview(self) -> None:
         """Draw one picture of the whole run, from the sources to the first target."""
         rows = _rows("source", self._pictures.get("source", {}))
-        for step in ("barycenter", "few", "adapted", "ternary"):
+        for step in ("barycenter", "few", "reweighted", "adapted", "ternary"):
             if samples := self._pictures.get(step):
                 rows[step] = next(iter(samples.values()))
         if rows and replies.drawable(self._shape):
