@@ -201,7 +201,7 @@ class Results:
             raise RuntimeError("no target evaluated the generator: the log above says why")
         return summary_table(self._rows_of(last, size))
 
-    def _rows_of(self, mean: Mapping[str, Mapping[str, float]], size: int) -> dict[str, Any]:
+    def _rows_of(self, mean: dict[str, dict[str, float]], size: int) -> dict[str, Any]:
         """Return the table's rows: of each target if they are few, else of their mean."""
         titles = {"barycenter": self.model, "few": "few, resampled"}
         targets = sorted(self.targets, key=_by_number)
