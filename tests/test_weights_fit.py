@@ -78,8 +78,9 @@ def test_no_other_weights_have_less_energy_distance():
 
 
 def test_distances_between_cells_are_conditionally_negative():
-    rows = cell_samples(LINE, LINE.code, torch.Generator().manual_seed(0)).flatten(0, 1)
-    between = torch.cdist(rows, rows).view(4, 300, 4, 300).mean((1, 3))
+    cells = cell_samples(LINE, LINE.code, torch.Generator().manual_seed(0))
+    rows = cells.flatten(0, 1).double()
+    between = torch.cdist(rows, rows).view(4, len(cells[0]), 4, -1).mean((1, 3))
     centred = torch.eye(4, dtype=torch.float64) - 0.25
     assert torch.linalg.eigvalsh(centred @ between @ centred).max() <= 1e-9
 

@@ -24,10 +24,10 @@ from fl_wb.transport import wasserstein1
 
 WEIGHTS = ("fitted", "radius", "uniform", "shares")
 
-CELL = 300
+CELL = 250
 """Samples of each cell, at most: more of them fitted no better."""
 
-CELLS = 9600
+CELLS = 6400
 """Samples of all cells together, at most: all pairs are compared."""
 
 BYTES = 64 << 20
@@ -105,7 +105,7 @@ def fit_weights(
         radii = torch.tensor([wasserstein1(cell, few) for cell in cells], dtype=torch.float64)
         inverse = 1 / radii.clamp(min=1e-12)
         return inverse / inverse.sum()
-    return nearest_weights(cells, samples.detach().flatten(1).cpu().double(), shares)
+    return nearest_weights(cells, samples.detach().flatten(1).cpu().float(), shares)
 
 
 def own_start(
@@ -157,9 +157,9 @@ def nearest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:
         return shares
     k, m, _ = cells.shape
     rows = cells.flatten(0, 1)
-    between = torch.cdist(rows, rows).view(k, m, k, m).mean((1, 3))
-    away = torch.cdist(samples, rows).view(len(samples), k, m).mean(2)
-    within = torch.cdist(samples, samples)
+    between = torch.cdist(rows, rows).view(k, m, k, m).mean((1, 3), dtype=torch.float64)
+    away = torch.cdist(samples, rows).view(len(samples), k, m).mean(2, dtype=torch.float64)
+    within = torch.cdist(samples, samples).double()
 
     def fitted(seen: Tensor) -> Tensor:
         return _nearest(between, away[seen].mean(0), within[seen][:, seen].mean())
@@ -181,15 +181,15 @@ def nearest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:
 def cell_samples(
     generator: nn.Module, code: Code, rng: torch.Generator, latent_dim: int | None = None
 ) -> Tensor:
-    """Return equally many samples (K, m, d) of each cell, in float64 on the CPU."""
+    """Return equally many samples (K, m, d) of each cell, on the CPU."""
     dim, device, k = latent_dim_of(generator, latent_dim), device_of(generator), len(code)
     with sampling(generator):
         size = generator(torch.zeros(2, dim, device=device))[0].numel()
-        m = max(min(CELL, CELLS // k, BYTES // (8 * size * k)), 2)
+        m = max(min(CELL, CELLS // k, BYTES // (4 * size * k)), 2)
         cell = torch.arange(k).repeat_interleave(m)
         z = code.embed(cell, torch.randn(len(cell), dim, generator=rng))
         parts = [generator(part.to(device)).flatten(1).cpu() for part in z.split(1000)]
-    return torch.cat(parts).double().view(k, m, -1)
+    return torch.cat(parts).float().view(k, m, -1)
 
 
 def _nearest(between: Tensor, away: Tensor, within: Tensor) -> Tensor:
