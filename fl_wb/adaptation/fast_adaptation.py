@@ -64,8 +64,7 @@ STRANGE = 3.0
 JUDGED = 100
 """Of so many samples or more, one in `FOLD` is left out, to judge by.
 
-Of fewer each is worth more as a sample to learn: of 50, ten left out cost a third in energy
-distance, and of 20, four were misleading.
+Of fewer, each is worth more as a sample to learn from, and those left out can mislead.
 """
 
 FOLD = 10
