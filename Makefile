@@ -16,7 +16,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt $(PIP_AR
 .PHONY: demo test lint clean
 
 demo: $(VENV)/installed
-	$(VENV)/bin/fl-wb client.send_few_pictures=true $(ARGS)
+	$(VENV)/bin/fl-wb client.send_few_pictures=true $(or $(ARGS),experiment=two_targets)
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -6,27 +6,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
 
+import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor, nn
 
 from fl_wb import ternary
-from fl_wb.adaptation import Adaptation, adapt
+from fl_wb.adaptation import WEIGHTS, Adaptation, adapt, folded, own_start
+from fl_wb.generators.code import Code
+from fl_wb.generators.reweighted import Reweighted
 from fl_wb.generators.sampling import check_factory, check_real, generate
 from fl_wb.messages import generator_part, keys, records
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.ternary import Ternarization, ternarize
 from fl_wb.training.checkpoints import Checkpoint
 
+MOST_CELLS, LEAST = 4096, 1e-9  # of a code that a server sends
+
 _MADE, _FROM = "fl_wb.target.generator", "fl_wb.target.made-from"  # in context.state
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a node makes of a generator: adapted, perhaps ternary; and the seconds of each."""
+    """What a node makes of a generator, and the seconds of each step.
 
+    Its own barycenter, where there is a code, which is the start of what is adapted, and perhaps
+    ternary.
+    """
+
+    start: nn.Module
     adapted: nn.Module
     ternary: nn.Module | None
+    weigh_seconds: float
     adapt_seconds: float
     ternarize_seconds: float
 
@@ -35,6 +46,9 @@ def make_own(
     start: nn.Module,
     few: Tensor,
     *,
+    code: Code | None = None,
+    weights: str = "fitted",
+    plain: bool = False,
     critic: Callable[[], nn.Module] | None = None,
     adaptation: Adaptation | None = None,
     ternarization: Ternarization | None = None,
@@ -45,7 +59,9 @@ def make_own(
 ) -> Made:
     """Adapt a generator to a node's few samples, and ternarize it if `ternarization` says how.
 
-    The arguments are those of `fl_wb.adaptation.adapt` and `fl_wb.ternary.ternarize`.
+    Where its code is known, it gets the node's own `weights` first; `plain` folds these into the
+    architecture that it has (see `fl_wb.adaptation.folded`). The other arguments are those of
+    `fl_wb.adaptation.adapt` and `fl_wb.ternary.ternarize`.
 
     Raises
     ------
@@ -56,6 +72,11 @@ def make_own(
     if ternarization is not None:
         list(ternary.ternarizable(start))
     began = perf_counter()
+    if code is not None:
+        start = own_start(start, code, few, method=weights, seed=seed, latent_dim=latent_dim)
+        if plain and isinstance(start, Reweighted):
+            start = folded(start, seed=seed)
+    weighed = perf_counter()
     adapted = adapt(
         start,
         few,
@@ -72,7 +93,7 @@ def make_own(
         made = ternarize(
             adapted, settings=ternarization, seed=seed, latent_dim=latent_dim, device=device
         )
-    return Made(adapted, made, between - began, perf_counter() - between)
+    return Made(start, adapted, made, weighed - began, between - weighed, perf_counter() - between)
 
 
 def received(
@@ -107,6 +128,28 @@ def received(
         ) from error
 
 
+def received_code(message: Message, context: Context) -> Code | None:
+    """Return the code of the generator that a message carries, if the server says it.
+
+    Raises
+    ------
+    ValueError
+        If what it says is no code.
+    """
+    record = message.content.config_records.get(keys.CODE)
+    if record is None:
+        return None
+    shares = record.get(keys.SHARES)
+    listed = shares if isinstance(shares, list) and len(shares) <= MOST_CELLS else []
+    good = [share for share in listed if isinstance(share, float) and LEAST <= share <= 1]
+    if not good or len(good) < len(listed):
+        raise ValueError(
+            f"the message to node {context.node_id} has shares {str(shares)[:80]}: 1 to "
+            f"{MOST_CELLS} numbers from {LEAST} to 1 are a code"
+        )
+    return Code(good)
+
+
 def own_samples(
     few: Tensor, context: Context, start: nn.Module, latent_dim: int | None = None
 ) -> Tensor:
@@ -132,7 +175,7 @@ def own_samples(
 
 @dataclass
 class FastAdaptation:
-    """Flower mod: adapts and ternarizes the generator in an EVALUATE message.
+    """Flower mod: weighs, adapts and ternarizes the generator in an EVALUATE message.
 
     The app's own ``@app.evaluate()`` then sees, under the same key and with the same names,
     shapes and dtypes, a generator made for this node. Messages of other types pass untouched.
@@ -150,6 +193,10 @@ class FastAdaptation:
         Given the Context, returns the node's few samples, a Tensor (n, ...) with n >= 1.
     critic : callable, optional
         Factory of a critic; a multilayer perceptron by default.
+    weights : {"fitted", "radius", "uniform", "shares"}
+        Of the sources in this node's own barycenter, from which it adapts, where the server says
+        what cells its model has (`fl_wb.strategies.AdaptiveCoalescence` does); see
+        `fl_wb.adaptation.fit_weights`. "shares" leaves the server's own.
     adaptation : Adaptation, optional
         Settings of `fl_wb.adaptation.adapt`.
     ternarize : bool
@@ -176,6 +223,7 @@ class FastAdaptation:
     samples: Callable[[Context], Tensor]
     _: KW_ONLY
     critic: Callable[[], nn.Module] | None = None
+    weights: str = "fitted"
     adaptation: Adaptation | None = None
     ternarize: bool = True
     ternarization: Ternarization | None = None
@@ -191,6 +239,8 @@ class FastAdaptation:
         check_factory("generator", self.generator)
         if self.critic is not None:
             check_factory("critic", self.critic)
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights={self.weights!r} is not one of {', '.join(WEIGHTS)}")
         self._prefixes = generator_part.check_prefixes(self.generator_keys)
         if self.reply_key is not None and not self.ternarize:
             raise ValueError("reply_key sends the ternary generator, and ternarize is False")
@@ -202,15 +252,15 @@ class FastAdaptation:
         ------
         ValueError
             If the message has no such ArrayRecord, its arrays do not fit the generator (naming
-            the first that does not), or the node has no samples; or if the app's own reply has
-            a record under `reply_key`.
+            the first that does not), its code is none, or the node has no samples; or if the
+            app's own reply has a record under `reply_key`.
         """
         if message.metadata.message_type.split(".")[0] != MessageType.EVALUATE:
             return call_next(message, context)
         start, head = received(
             message, context, self.generator, key=self.arrayrecord_key, prefixes=self._prefixes
         )
-        made = self._made(start, self.few(context, start), context)
+        made = self._made(start, self.few(context, start), received_code(message, context), context)
         content = dict(message.content)
         whole = message.content.array_records[self.arrayrecord_key]
         own = {head + name: value for name, value in made.state_dict().items()}
@@ -229,15 +279,21 @@ class FastAdaptation:
         """Return the node's few samples, checked against what the generator makes."""
         return own_samples(self.samples(context), context, start, self.latent_dim)
 
-    def _made(self, start: nn.Module, few: Tensor, context: Context) -> nn.Module:
+    def _made(
+        self, start: nn.Module, few: Tensor, code: Code | None, context: Context
+    ) -> nn.Module:
         """Return the generator for this node, from ``context.state`` if it is there."""
-        key = digest({**start.state_dict(), "few": few})
+        shares = torch.tensor([] if code is None else code.shares, dtype=torch.float64)
+        key = digest({**start.state_dict(), "few": few, "shares": shares})
         state: RecordDict = context.state
         if _MADE in state and state.config_records[_FROM]["digest"] == key:
             return records.load(state.array_records[_MADE], self.generator()).eval()
         found = make_own(
             start.to(self.device),
             few.to(self.device),
+            code=code,
+            weights=self.weights,
+            plain=True,
             critic=self.critic,
             adaptation=self.adaptation,
             ternarization=(self.ternarization or Ternarization()) if self.ternarize else None,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fl_wb import ternary
 from fl_wb.adaptation import POOL, Adaptation, variation_bank
-from fl_wb.clients.fast_adaptation import make_own, own_samples, received
+from fl_wb.clients.fast_adaptation import make_own, own_samples, received, received_code
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import keys, records
 from fl_wb.messages.replies import PICTURES
@@ -43,6 +43,7 @@ def target_evaluate(
     few: Tensor,
     held_out: Tensor,
     critic: Callable[[], nn.Module] | None = None,
+    weights: str = "fitted",
     adaptation: Adaptation | None = None,
     ternarization: Ternarization | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
@@ -64,6 +65,8 @@ def target_evaluate(
         This node's few samples (n, ...), n >= 1.
     held_out : Tensor
         Real samples (m, ...) that neither the sources nor this node trained on.
+    weights : {"fitted", "radius", "uniform", "shares"}
+        As in `fl_wb.clients.FastAdaptation`.
     adaptation : Adaptation, optional
         Settings of `fl_wb.adaptation.adapt`.
     ternarization : Ternarization, optional
@@ -80,18 +83,21 @@ def target_evaluate(
     -------
     RecordDict
         Metrics ``<step>/<key>`` for the steps few (these samples themselves, drawn with
-        replacement: what mere copying scores), bank (if asked for), barycenter, adapted and
-        ternary and the keys of `fl_wb.metrics.evaluate`; the packed ternary generator; and a few
-        pictures of what the generator of each step makes.
+        replacement: what mere copying scores), bank (if asked for), barycenter, reweighted (where
+        the server says the model's code), adapted and ternary and the keys of
+        `fl_wb.metrics.evaluate`; the packed ternary generator; and a few pictures of what the
+        generator of each step makes.
     """
     settings = evaluation or Evaluation()
     start, _ = received(message, context, generator)
     few = own_samples(few, context, start, latent_dim)
     snapshots = Snapshots((adaptation or Adaptation()).training.iterations, settings.snapshots)
-    sent = _critic(message, critic)
+    sent, code = _critic(message, critic), received_code(message, context)
     made = make_own(
         start.to(device),
         few.to(device),
+        code=code,
+        weights=weights,
         critic=critic if sent is None else lambda: sent,
         adaptation=adaptation,
         ternarization=ternarization,
@@ -100,11 +106,15 @@ def target_evaluate(
         device=device,
         checkpoint=snapshots,
     )
-    networks = {"barycenter": start, "adapted": made.adapted}
+    networks = {"barycenter": start}
     figures: dict[str, MetricRecordValues] = {
         keys.WEIGHT: len(few),
         "adapt-seconds": made.adapt_seconds,
     }
+    if code is not None:
+        networks["reweighted"] = made.start
+        figures["weigh-seconds"] = made.weigh_seconds
+    networks["adapted"] = made.adapted
     info = ConfigRecord()
     if made.ternary is not None:
         networks["ternary"] = made.ternary
@@ -118,7 +128,7 @@ def target_evaluate(
     )
     steps = {"few": judge.of_real(few)}
     if settings.bank:
-        pool = generate(start, POOL, seed=seed, latent_dim=latent_dim)
+        pool = generate(made.start, POOL, seed=seed, latent_dim=latent_dim)
         steps["bank"] = judge.of_real(variation_bank(few, pool, seed=seed))
     for step, network in networks.items():
         began = perf_counter()
@@ -127,7 +137,9 @@ def target_evaluate(
     for step, values in steps.items():
         figures |= {f"{step}/{name}": value for name, value in values.items()}
     if settings.snapshots:
-        info.update(_curve(snapshots, start, steps["barycenter"], judge))
+        info.update(
+            _curve(snapshots, made.start, steps.get("reweighted", steps["barycenter"]), judge)
+        )
     pictures = {"few": few[:PICTURES]} if send_few else {}
     for step, network in networks.items():
         pictures[step] = generate(network, PICTURES, latent_dim=latent_dim)

@@ -113,6 +113,7 @@ def evaluate(message: Message, context: Context) -> Message:
         few=few,
         held_out=held_out,
         critic=critic,
+        weights=config.client.weights,
         adaptation=config.client.adaptation,
         ternarization=config.client.ternarization if config.client.ternarize else None,
         features=features,

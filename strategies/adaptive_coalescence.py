@@ -31,11 +31,12 @@ from fl_wb.barycenter import (
     barycenter_of,
     check_executor,
     check_fan_in,
+    shares_learned,
     stage_of,
 )
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import check_factory, generate, latent_dim_of
-from fl_wb.messages import generator_part, records
+from fl_wb.messages import generator_part, keys, records
 from fl_wb.messages import replies as checked
 from fl_wb.messages.screening import outliers
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
@@ -217,6 +218,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self._memory: Memory | None = None
         self._merged: State | None = None  # the barycenter, under the generator's own names
         self._given = False  # to whoever waits for this start's model
+        self._weighed: list[float] = []  # the weights of the last merge
+        self._shares: list[float] = []  # of the cells in the model, if it has a code
         self._average: ArrayRecord | None = None  # of the uploads, while a round is configured
         self._last_round: int | None = None
         self._evaluated = True  # by the server itself
@@ -283,6 +286,17 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self._average = None
         return messages
 
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Configure the next round of evaluation; targets are told the model's cells."""
+        messages = list(super().configure_evaluate(server_round, arrays, config, grid))
+        if self._shares:
+            code = ConfigRecord({keys.SHARES: self._shares})
+            for message in messages:
+                message.content = RecordDict({**message.content, keys.CODE: code})
+        return messages
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -317,7 +331,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         network = check_networks(generative, self.generator, self.critic, self.latent_dim)
         self._model = Model(arrays, network, self.generator_keys, self.refit)
         self._uploads, self._merged, self._given = Uploads(), None, False
-        self._memory = None
+        self._shares, self._memory = [], None
         if self.store.folder is not None:
             self._memory = Memory(self.store.folder / "nodes", self._model.all)
             self._uploads, self._merged = self._memory.load()
@@ -407,6 +421,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         if merged is None:
             return None
         self._merged, self._uploads.changed = merged, False
+        self._shares = shares_learned(self._weighed, self.stage, self.fan_in)
         return self._whole(merged)
 
     def _whole(self, merged: State) -> ArrayRecord:
@@ -480,6 +495,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
                 return None
             else:
                 log(INFO, "aggregate_train: merged in %.1f s", perf_counter() - began)
+                self._weighed = weights
                 return {name: value.cpu() for name, value in merged.state_dict().items()}
         return None
 

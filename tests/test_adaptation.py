@@ -82,8 +82,8 @@ def test_iterations_critic_and_latent_dimension_are_the_caller_s():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "samples",
-    [few(1), few(2), few(1).repeat(3, 1), few().double(), torch.ones(3, 2, dtype=torch.int64)],
-    ids=["one", "two", "equal", "float64", "integers"],
+    [few(1), few(2), few(1).repeat(3, 1), few().double(), few(1).repeat(100, 1)],
+    ids=["one", "two", "equal", "float64", "equal, judged"],
 )
 def test_whatever_is_a_sample_works(method: str, samples: Tensor):
     adapted = adapt(Gaussian((0.0, 0.0)), samples, settings=tiny(method))
@@ -109,6 +109,11 @@ def test_images_and_batch_statistics_work_with_one_sample():
 def test_what_is_no_sample_is_refused(samples: Tensor, text: str):
     with pytest.raises(ValueError, match=text):
         adapt(Gaussian((0.0, 0.0)), samples, settings=tiny())
+
+
+def test_whole_numbers_are_no_samples():
+    with pytest.raises(TypeError, match="the samples to adapt to are int64"):
+        adapt(Gaussian((0.0, 0.0)), torch.ones(3, 2, dtype=torch.int64), settings=tiny())
 
 
 def test_an_unknown_method_is_refused():
@@ -181,6 +186,21 @@ def test_a_rare_draw_of_the_start_s_does_not_make_others_fit():
     assert choose_anchor(pool, samples + torch.tensor([35.0, -35.0])) == 0
 
 
+def clusters(n: int, of: list[int], seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    cluster = torch.tensor(of)[torch.randint(len(of), (n,), generator=rng)]
+    return torch.randn(n, 10, generator=rng) + 4.0 * torch.eye(10)[cluster]
+
+
+def test_a_target_of_some_of_the_start_s_classes_is_not_held():
+    pool = clusters(8000, list(range(10)), 0)
+    some = clusters(80, [0, 1, 2, 4, 6, 7, 8], 5)
+    rho = energy_distance(pool[:1000], some) / torch.pdist(some).mean()
+    assert rho.item() < 0.03  # this alone would hold it
+    assert choose_anchor(pool, some) == 0
+    assert choose_anchor(pool, clusters(80, list(range(10)), 5)) > 0
+
+
 def test_an_anchor_weighs_less_beside_more_samples():
     pool = generate(Gaussian((0.0, 0.0)), 8000)
     weights = [
@@ -215,10 +235,11 @@ def test_the_more_samples_the_more_of_them_are_learned_as_they_are(
 
     monkeypatch.setattr(fast_adaptation, "variation_bank", spied)
     start = Gaussian((0.0, 0.0))
-    for n, mean, share in ((20, 3.0, 0.0), (40, 3.0, 0.5), (200, 3.0, 0.9), (200, 0.0, 0.0)):
+    for n, mean, share in ((20, 3.0, 0.0), (40, 3.0, 0.5), (250, 3.0, 0.9), (250, 0.0, 0.0)):
         samples = generate(Gaussian((mean, mean)), n, seed=2)
         adapt(start, samples, critic=critic, settings=tiny(method))
         kept = (banks[-1][:, None] == samples).all(2).any(1).float().mean().item()
+        # a tenth of the 250 is left out, to judge by
         assert abs(kept - share) < 0.03  # the last fits: the anchored start makes what they lack
 
 
@@ -235,6 +256,18 @@ def test_very_many_samples_are_all_drawn_from(monkeypatch: pytest.MonkeyPatch):
 
 
 # that it helps
+
+
+@pytest.mark.parametrize(("n", "kept"), [(100, True), (99, False)])
+def test_nothing_worse_than_the_start_comes_back_where_samples_can_tell(n: int, kept: bool):
+    start = Gaussian((0.0, 0.0))
+    wild = Training(iterations=30, batch_size=8, critic_steps=1, warmup=1, generator_lr=1.0)
+    samples = generate(start, n, seed=3)
+
+    adapted = adapt(start, samples, critic=critic, settings=Adaptation(anchor=0, training=wild))
+
+    assert same(adapted, start) is kept
+    assert not adapted.training and all(p.requires_grad for p in adapted.parameters())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -139,7 +139,7 @@ def test_a_run_on_real_nodes_leaves_its_results(deployment: Deployment, story: S
     # Assert: the same results as a simulation's
     output = story.unbroken
     found = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-    assert set(found["final"]) == {"few", "barycenter", "adapted", "ternary"}
+    assert set(found["final"]) == {"few", "barycenter", "reweighted", "adapted", "ternary"}
     assert found["rounds"]["1"]["train"]["uploads-merged"] == 2
     assert len(found["sources"]) == len(found["targets"]) == 2
     for name in ("sources", "barycenter", "adapted", "ternary", "overview"):
@@ -183,6 +183,6 @@ def test_a_source_with_a_cache_trains_once_for_all_runs(
 
 def test_a_round_goes_on_without_a_killed_supernode(deployment: Deployment, story: Story) -> None:
     found = json.loads((story.resumed / "metrics.json").read_text(encoding="utf-8"))
-    assert set(found["final"]) == {"few", "barycenter", "adapted", "ternary"}
+    assert set(found["final"]) == {"few", "barycenter", "reweighted", "adapted", "ternary"}
     assert len(found["targets"]) == len(list((story.resumed / "ternary").iterdir())) == 1
     assert "aggregate_evaluate: node" in deployment.log("resumed")

@@ -123,6 +123,7 @@ def test_a_real_run_is_reported_with_its_convergence(
         "the few samples, resampled",
         "raw variation bank",
         "start",
+        "own weights",
         "adapted",
         "ternary",
     ):
@@ -132,7 +133,7 @@ def test_a_real_run_is_reported_with_its_convergence(
     assert target["curve"]["iterations"] == [0, 1, 2]
     assert target["curve"]["seconds"] == sorted(target["curve"]["seconds"])
     for name in NAMES:  # it begins with the start, and ends with what was adapted
-        assert target["curve"][name][0] == found["final"]["barycenter"][name]
+        assert target["curve"][name][0] == found["final"]["reweighted"][name]
         assert target["curve"][name][-1] == found["final"]["adapted"][name]
     assert len(target["features"]) == 64
     assert found["final"]["few"]["memorization"] == 0

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from fl_wb.adaptation.fast_adaptation import METHODS, POOL, Adaptation, adapt, choose_anchor
 from fl_wb.adaptation.variation import transport_pairs, variation_bank
+from fl_wb.adaptation.weights import WEIGHTS, fit_weights, folded, own_start
 
 __all__ = [
     "METHODS",
     "POOL",
+    "WEIGHTS",
     "Adaptation",
     "adapt",
     "choose_anchor",
+    "fit_weights",
+    "folded",
+    "own_start",
     "transport_pairs",
     "variation_bank",
 ]

@@ -46,6 +46,9 @@ METHODS = ("variation", "transport", "plain")
 POOL = 8000
 """Samples of the start generator whose differences are transferred."""
 
+COMPARED = 1000
+"""Of a generator's samples, where all pairs are compared: more would cost seconds."""
+
 ANCHOR = 5.0
 """Weight of the anchor up to `ANCHORED` samples, where the start fits them."""
 
@@ -54,6 +57,17 @@ ANCHORED = 100
 
 SCARCE = 20
 """Up to so many samples, all are widened; of n more, a share of 1 - SCARCE / n is learned as is."""
+
+STRANGE = 3.0
+"""A start fits unless so many times more of its samples are far from the few than by chance."""
+
+JUDGED = 100
+"""Of so many samples or more, one in `FOLD` is left out, to judge by.
+
+Of fewer, each is worth more as a sample to learn from, and those left out can mislead.
+"""
+
+FOLD = 10
 
 MANY = 4000
 """Of more samples, so many are drawn: all pairs are compared, and the bank holds no more."""
@@ -106,6 +120,10 @@ def adapt(
 ) -> nn.Module:
     """Adapt a generator to a few samples; the arguments are left alone.
 
+    Of `JUDGED` samples or more, some are left out, and the start itself is returned where these are
+    nearer to it than to what it became (in energy distance, beyond chance); not of a ``fresh``
+    start, nor by the ``plain`` method.
+
     Parameters
     ----------
     generator : nn.Module
@@ -148,6 +166,10 @@ def adapt(
         torch.manual_seed(seed)
         fresh = critic() if critic else MLPCritic(pool.shape[1:])
     few = samples.detach().to(device_of(start), pool.dtype)
+    left_out = torch.arange(len(few), device=few.device) % FOLD == FOLD - 1
+    judged = settings.method != "plain" and not settings.fresh and len(few) >= JUDGED
+    if judged:
+        few, unseen = few[~left_out], few[left_out].cpu()
     real, regularizer = resample(few), None
     student = copy_of(start).requires_grad_(True).train(settings.fresh)
     then = callback
@@ -183,7 +205,12 @@ def adapt(
         callback=then,
         checkpoint=checkpoint,
     )
-    return trained.generator.to(home)
+    adapted = trained.generator
+    if judged:
+        made = generate(adapted, COMPARED, seed=seed, latent_dim=latent_dim)
+        if _worse(made, pool[:COMPARED].cpu(), unseen):
+            adapted = start.requires_grad_(True)
+    return adapted.to(home)
 
 
 def choose_anchor(pool: Tensor, samples: Tensor) -> float:
@@ -192,17 +219,41 @@ def choose_anchor(pool: Tensor, samples: Tensor) -> float:
     It fits if ED(pool, samples) is below 3% of the samples' mean pairwise distance (measured: 0
     to 0.8% for a target of the sources' classes, 9 to 16% for one of other classes), or no
     larger than for equally many of the start's own samples in nine of ten draws: with very few,
-    chance alone makes more of it.
+    chance alone makes more of it. And not more than `STRANGE` times as many of its samples are far
+    from all of the few as there are from equally many of its own: a target that has some of the
+    start's classes has its samples where the start has, but leaves much of that empty (measured:
+    as many as by chance for all ten classes, 1.6 times for eight, 3.4 to 4.3 for four or six).
     """
     flat = samples.flatten(1)
     spread = torch.pdist(flat).mean().item() if len(samples) > 1 else 0.0
-    some, rest = pool.tensor_split([min(1000, len(pool) // 2)])  # more would cost seconds
+    some, rest = pool.tensor_split([min(COMPARED, len(pool) // 2)])
     draws = rest.split(len(samples))[:20]
     distances = torch.stack([energy_distance(some, draw) for draw in draws])
     chance = distances.quantile(0.9).item()  # the largest of them is often an outlier's
     if energy_distance(some, samples).item() > max(0.03 * spread, chance):
         return 0.0
+    strangers = torch.stack([_far(some, draw) for draw in draws]).mean().item()
+    if _far(some, samples).item() > STRANGE * strangers:
+        return 0.0
     return ANCHOR * min(1.0, ANCHORED / len(samples))
+
+
+def _worse(made: Tensor, before: Tensor, unseen: Tensor) -> bool:
+    """Whether samples are farther from unseen ones than before, by two standard errors."""
+    unseen = unseen.flatten(1)
+    away, was = (torch.cdist(unseen, x.flatten(1)).mean(1) for x in (made, before))
+    error = 2 * (away - was).std() / len(unseen) ** 0.5
+    lost = energy_distance(made, unseen) - energy_distance(before, unseen)
+    return bool(lost > 2 * error)
+
+
+def _far(made: Tensor, few: Tensor) -> Tensor:
+    """Return the share of `made` that is farther from all of the few than nine in ten of these."""
+    if len(few) < 2:
+        return torch.zeros(())
+    few = few.flatten(1)
+    among = torch.cdist(few, few).fill_diagonal_(torch.inf).amin(1).quantile(0.9)
+    return (torch.cdist(made.flatten(1), few).amin(1) > among).float().mean().cpu()
 
 
 def _energy_to(bank: Tensor) -> Regularizer:

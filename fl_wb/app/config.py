@@ -29,7 +29,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fl_wb.adaptation import Adaptation
+from fl_wb.adaptation import WEIGHTS, Adaptation
 from fl_wb.app.overrides import ConfigError as ConfigError
 from fl_wb.app.overrides import check_key, parse, split
 from fl_wb.barycenter import Stage
@@ -118,6 +118,10 @@ class ClientConfig(Settings):
         How a target adapts the barycenter to its few samples.
     ternarize
         Whether a target ternarizes what it adapted; `ternarization` says how.
+    weights
+        Which barycenter a target starts from, where the server says what cells there are:
+        "fitted" to its few samples, "radius" (inverse, as in the paper), "uniform", or the
+        sources' own "shares"; see `fl_wb.adaptation.fit_weights`.
     evaluation
         How a target compares its generators with held-out samples.
     features
@@ -131,6 +135,7 @@ class ClientConfig(Settings):
 
     source: Training = field(default_factory=lambda: Training(generator_lr=5e-4))
     adaptation: Adaptation = field(default_factory=Adaptation)
+    weights: Annotated[str, one_of(*WEIGHTS)] = "fitted"
     ternarize: bool = True
     ternarization: Ternarization = field(default_factory=Ternarization)
     evaluation: Evaluation = field(default_factory=Evaluation)

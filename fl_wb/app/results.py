@@ -32,8 +32,10 @@ from fl_wb.ternary import parse
 log = logging.getLogger("flwr")
 
 COLUMNS = 12  # of a grid of pictures
-STEPS = ("few", "bank", "barycenter", "adapted", "ternary")
+STEPS = ("few", "bank", "barycenter", "reweighted", "adapted", "ternary")
+OWN = ("few", "reweighted", "adapted", "ternary")  # steps of which each target has pictures
 EVENTS = 20  # iterations between two points of a loss curve
+APART = 3  # targets that have rows of their own in the table and the overview
 ROWS = 32  # of a picture: one of a thousand nodes would be a bomb to open
 
 
@@ -120,7 +122,7 @@ class Results:
             with self._part(node_id, "its pictures"):
                 for step, samples in replies.pictures(content, STEPS, self._shape).items():
                     self._pictures.setdefault(step, {})[name] = samples[:COLUMNS]
-        for step in ("few", "adapted", "ternary"):
+        for step in OWN:
             self._draw(step, step)
 
     @contextmanager
@@ -209,16 +211,24 @@ class Results:
             raise RuntimeError("no source delivered a valid generator: the log above says why")
         if not last:
             raise RuntimeError("no target evaluated the generator: the log above says why")
-        packed = max(self._ternary.values(), default=0)
-        sizes = {"barycenter": size, "adapted": size, "ternary": packed}
+        return summary_table(self._rows_of(last, size))
+
+    def _rows_of(self, mean: dict[str, dict[str, float]], size: int) -> dict[str, Any]:
+        """Return the table's rows: of each target if they are few, else of their mean."""
         titles = {"barycenter": self.model, "few": "few, resampled"}
-        return summary_table(
-            {
-                titles.get(step, step): figures
-                | ({"kB": sizes[step] / 1000} if step in sizes else {})
-                for step, figures in last.items()
-            }
-        )
+        targets = sorted(self.targets, key=_by_number)
+        apart = {f", target {name}": _steps(self.targets[name]) for name in targets}
+        if not 1 < len(targets) <= APART:
+            apart = {"": mean}
+        packed = max(self._ternary.values(), default=0)
+        sizes = dict.fromkeys(("barycenter", "reweighted", "adapted"), size) | {"ternary": packed}
+        return {
+            titles.get(step, step) + whose: steps[step]
+            | ({"kB": sizes[step] / 1000} if step in sizes else {})
+            for step in mean
+            for whose, steps in apart.items()
+            if step in steps
+        }
 
     def _keep_ternary(self, name: str, content: RecordDict) -> None:
         # An ensemble is of as many generators as there are sources.
@@ -253,11 +263,18 @@ class Results:
             self.tracker.images(tag, rows, columns=COLUMNS)
 
     def _draw_overview(self) -> None:
-        """Draw one picture of the whole run, from the sources to the first target."""
+        """Draw one picture of the whole run, from the sources to the first targets."""
         rows = _rows("source", self._pictures.get("source", {}))
-        for step in ("barycenter", "few", "adapted", "ternary"):
-            if samples := self._pictures.get(step):
-                rows[step] = next(iter(samples.values()))
+        if drawn := self._pictures.get("barycenter"):
+            rows["barycenter"] = drawn[""]
+        names = sorted(
+            {name for step in OWN for name in self._pictures.get(step, {})}, key=_by_number
+        )
+        for name in names[:APART]:
+            whose = f", target {name}" if len(names) > 1 else ""
+            for step in OWN:
+                if name in self._pictures.get(step, {}):
+                    rows[step + whose] = self._pictures[step][name]
         if rows and replies.drawable(self._shape):
             self.tracker.images("overview", rows, columns=COLUMNS)
 

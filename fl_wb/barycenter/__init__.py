@@ -12,6 +12,7 @@ from fl_wb.barycenter.recursion import (
     barycenter_of,
     check_fan_in,
     recursive_barycenter,
+    shares_learned,
     stage_of,
 )
 from fl_wb.barycenter.stage import GEODESICS, STARTS, VERSION, Merge, Stage
@@ -31,5 +32,6 @@ __all__ = [
     "check_fan_in",
     "optimality_gap",
     "recursive_barycenter",
+    "shares_learned",
     "stage_of",
 ]

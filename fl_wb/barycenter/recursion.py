@@ -180,6 +180,18 @@ def check_weights(weights: Sequence[float] | None, n: int) -> list[float]:
     return [float(w) for w in weights]
 
 
+def shares_learned(weights: Sequence[float], settings: Stage, fan_in: int) -> list[float]:
+    """Return the shares of the code (`fl_wb.generators.code`) that a barycenter has learned.
+
+    None if there is no one code: of a single measure, or where measures were not merged by one
+    stage that distils their mixture.
+    """
+    one_stage = 1 < len(weights) <= fan_in
+    if not one_stage or (settings.geodesic, settings.start) != ("mixture", "distilled"):
+        return []
+    return [weight / math.fsum(weights) for weight in weights]
+
+
 def _level(measures: Sequence[Measure], fan_in: int) -> list[list[Measure]]:
     """Return what is merged next: the first two, or all in groups as equal as can be."""
     if fan_in == 2:

@@ -25,6 +25,7 @@ STEPS = {
     "few": "the few samples, resampled",
     "bank": "raw variation bank",
     "barycenter": "start",
+    "reweighted": "own weights",
     "adapted": "adapted",
     "ternary": "ternary",
 }
@@ -38,7 +39,13 @@ SETTING = ("data", "network", "experiment", "client.features")  # of a whole tab
 LATER = {
     "few": ("strategy", "client", "rounds", "data"),
     "bank": ("client.adaptation", "client.ternarize", "client.ternarization"),
-    "barycenter": ("client.adaptation", "client.ternarize", "client.ternarization"),
+    "barycenter": (
+        "client.weights",
+        "client.adaptation",
+        "client.ternarize",
+        "client.ternarization",
+    ),
+    "reweighted": ("client.adaptation", "client.ternarize", "client.ternarization"),
     "adapted": ("client.ternarize", "client.ternarization"),
     "ternary": (),
 }
@@ -120,7 +127,7 @@ def _add(run: Mapping[str, Any], sections: dict[str, Section]) -> None:
     for step, figures in run["final"].items():
         kept = {name: value for name, value in settings.items() if not _is(name, LATER[step])}
         own = [w for w in words if w not in mine and not _is(w, LATER[step])]
-        if step in ("bank", "barycenter"):  # how a target adapts is still to come
+        if step in ("bank", "barycenter", "reweighted"):  # how a target adapts is still to come
             own = [word for word in own if not word.startswith("client=")]
         row = section.rows.setdefault(json.dumps([step, kept]), Row(step, own, kept))
         row.overrides = [word for word in row.overrides if word in own]  # what all its runs share
@@ -132,13 +139,20 @@ def _add(run: Mapping[str, Any], sections: dict[str, Section]) -> None:
 
 def _cost(step: str, sizes: Mapping[str, Any], targets: Sequence[Mapping[str, Any]]) -> Figures:
     """Return the seconds at the target that a step took, and the size of what it made."""
-    names = {"adapted": ("adapt-seconds",), "ternary": ("adapt-seconds", "ternarize-seconds")}
+    adapted = ("weigh-seconds", "adapt-seconds")
+    names = {
+        "reweighted": ("weigh-seconds",),
+        "adapted": adapted,
+        "ternary": (*adapted, "ternarize-seconds"),
+    }
     cost = {}
     if step in names:
-        cost["seconds"] = statistics.fmean(sum(t[name] for name in names[step]) for t in targets)
+        cost["seconds"] = statistics.fmean(
+            sum(t.get(name, 0.0) for name in names[step]) for t in targets
+        )
     if step == "ternary":
         cost["kB"] = max(sizes["ternary"]) / 1000
-    elif step in ("barycenter", "adapted"):
+    elif step in ("barycenter", "reweighted", "adapted"):
         cost["kB"] = sizes["generator"] / 1000
     return cost
 

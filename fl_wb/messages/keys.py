@@ -8,12 +8,14 @@ CRITIC = "critic"  # ArrayRecord beside the generator's, where a run asks for it
 CONFIG = "config"
 METRICS = "metrics"
 INFO = "info"  # ConfigRecord of a reply: PARTITION and, from a target, TERNARY
+CODE = "fl-wb.code"  # ConfigRecord beside a model: SHARES, the cells of its latents
 SAMPLES = "samples"  # ArrayRecord of an evaluate reply: a few pictures, by name
 
 # Keys inside these records.
 WEIGHT = "num-examples"
 PARTITION = "partition"
 TERNARY = "ternary"
+SHARES = "shares"
 ROLE = "role"
 SOURCE, TARGET, BOTH, NONE = "source", "target", "both", "none"
 ROLES = (SOURCE, TARGET, BOTH, NONE)
