@@ -3,15 +3,12 @@
     python -m benchmarks.quality merge [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
     python -m benchmarks.quality adapt [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
     python -m benchmarks.quality deal [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
-    python -m benchmarks.quality shares [data=mnist data.root=FOLDER] [--seeds 0 1 2] [--only WORD]
 
 `merge`: barycenters of two sources by each geodesic and start, beside samples of the pool of the
 sources themselves (their exact mixture). `adapt`: two targets with 10 samples a class, one of all
 classes (sources 0-4, 5-9), one of classes that no source has (8-9; sources 0-3, 4-7): start,
 variation transfer, its ternary form, plain fine-tuning. `deal`: what of those targets' energy
 distance lies in the few samples alone: real ones, moved so that their mean is the few samples'.
-`shares`: distilled starts of unequal weights, by the latents that they are distilled on, compared
-not with real samples but with samples of the exact mixture.
 Sources are trained with the shipped settings, by the seed. Seconds are of one core's time
 (`time.process_time`, one thread). Every figure is the mean of five draws of the generator,
 given as mean and standard deviation over seeds.
@@ -32,16 +29,14 @@ from torch import Tensor, nn
 
 from fl_wb.adaptation import adapt
 from fl_wb.app.config import Config, compose
-from fl_wb.barycenter import GEODESICS, STARTS, mixture_map, recursive_barycenter
+from fl_wb.barycenter import GEODESICS, STARTS, recursive_barycenter
 from fl_wb.data import datasets
-from fl_wb.generators.copies import copy_of
-from fl_wb.generators.mixture import Map, favor_small_parts
+from fl_wb.generators.mixture import Mixture
 from fl_wb.generators.networks import make_critic, make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import Reference, train_features
 from fl_wb.reporting import tables
 from fl_wb.ternary import pack, ternarize
-from fl_wb.training.distillation import distill, pairs_of
 from fl_wb.training.wgan import resample, train_wgan
 from fl_wb.transport import energy_distance
 
@@ -50,13 +45,11 @@ OVERLAPPING = "data.sources=[[0,1,2,3,4],[5,6,7,8,9]] data.targets=[[0,1,2,3,4,5
 NON_OVERLAPPING = "data.sources=[[0,1,2,3],[4,5,6,7]] data.targets=[[8,9]]"
 TARGETS = {"all": OVERLAPPING, "new": NON_OVERLAPPING}
 MERGES = [(geodesic, start) for geodesic in GEODESICS for start in STARTS]
-SHARES = (0.5, 0.2, 0.1)  # of the second source
 NAMES = {
     "merge": [f"{geodesic}, {start} start" for geodesic, start in MERGES]
     + ["the paper's recipe", "distilled start alone"],
     "adapt": list(TARGETS),
     "deal": list(TARGETS),
-    "shares": [f"t = {t}" for t in SHARES],
 }
 DRAWS = 5
 
@@ -125,7 +118,7 @@ def merge(seed: int, table: Table, overrides: str, only: str = "") -> None:
     began = time.process_time()
     sources = bench.sources()
     seconds = (time.process_time() - began) / len(sources)
-    exact = mixture_map(sources[0], sources[1], 0.5)
+    exact = Mixture(sources).eval()
 
     def pool(n: int, draw: int) -> Tensor:
         rng = torch.Generator().manual_seed(draw)
@@ -218,35 +211,6 @@ def deal(seed: int, table: Table, overrides: str, only: str = "") -> None:
             table[f"{name}: {label}"].append({"energy": statistics.fmean(energy)})
 
 
-def shares(seed: int, table: Table, overrides: str, only: str = "") -> None:
-    """Distilled starts of unequal weights, by the latents that they learn from."""
-    bench = Bench(f"{OVERLAPPING} {overrides}", seed)
-    previous, new = (source.eval().requires_grad_(False) for source in bench.sources())
-    dim = bench.config.network.latent_dim
-    for t in SHARES:
-        if only not in f"t = {t}":
-            continue
-        exact = mixture_map(previous, new, t)
-
-        def draw(n: int, draw_seed: int, exact: Map = exact) -> Tensor:
-            return exact(torch.randn(n, dim, generator=_rng(draw_seed)))
-
-        real = Reference(draw(len(bench.held_out), DRAWS), features=bench.features)
-        table[f"t = {t}: the mixture itself"].append(bench.row(draw, real))
-        parts = [1 - t, t]
-        for label, move in (
-            ("latents by share", None),
-            ("by its root (shipped)", lambda z, parts=parts: favor_small_parts(z, parts)),
-        ):
-            student = copy_of(previous).requires_grad_(True)
-            pairs, settings = pairs_of(exact, dim, move), bench.config.strategy.stage.distillation
-            began = time.process_time()
-            distill(student, pairs, settings, seed=seed)
-            seconds = time.process_time() - began
-            figures = bench.row(lambda n, s, g=student: generate(g, n, seed=s), real)  # type: ignore[misc]
-            table[f"t = {t}: {label}"].append(figures | {"seconds": seconds})
-
-
 def markdown(table: Table) -> str:
     """Rows of mean ± standard deviation over the seeds."""
     columns = (*COLUMNS, "seconds")
@@ -267,7 +231,7 @@ def main() -> None:
     parser.add_argument("what", choices=NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--only", default="", help="a word in the rows' names (merge, shares), or all or new"
+        "--only", default="", help="a word in the rows' names (merge), or all or new"
     )
     parser.add_argument("overrides", nargs="*", help="as for fl-wb, e.g. data=mnist data.root=DIR")
     arguments = parser.parse_args()
@@ -276,7 +240,7 @@ def main() -> None:
         parser.error(f"--only {arguments.only!r} is in none of the names: {'; '.join(names)}")
     torch.set_num_threads(1)
     table: Table = defaultdict(list)
-    works = {"merge": merge, "adapt": adaptation, "deal": deal, "shares": shares}
+    works = {"merge": merge, "adapt": adaptation, "deal": deal}
     for seed in arguments.seeds:
         works[arguments.what](seed, table, " ".join(arguments.overrides), arguments.only)
         print(f"# after seed {seed}\n{markdown(table)}\n", flush=True)

@@ -149,9 +149,10 @@ def take_statistics(student: nn.Module, teacher: nn.Module, z: Tensor, seed: int
     def match(norm: nn.Module, inputs: tuple[Tensor]) -> None:
         (mean, std), (wanted, wanted_std) = _moments(inputs[0]), moments[model[norm]]
         gain = std / wanted_std
-        own = model[norm].get_buffer("running_var") + norm.eps
+        eps = float(vars(norm)["eps"])
+        own = model[norm].get_buffer("running_var") + eps
         shift = (wanted - model[norm].get_buffer("running_mean")) * gain
-        norm.get_buffer("running_var").copy_((own * gain.square() - norm.eps).clamp_min(0))
+        norm.get_buffer("running_var").copy_((own * gain.square() - eps).clamp_min(0))
         norm.get_buffer("running_mean").copy_(mean - shift)
 
     model = {
