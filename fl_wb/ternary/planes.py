@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from fl_wb.generators.copies import copy_of
 from fl_wb.training.random_numbers import own_random_numbers
 
-FOLLOWED = 0.4
+FOLLOWED = 0.5
 """Share of a teacher's variation that one layer's planes may lose before training, which makes up
-for it. On digits and MNIST one plane of every layer loses .07 to .37, but for the first weight of a
+for it. On digits and MNIST one plane of every layer loses .07 to .45, but for the first weight of a
 convolutional generator, which loses .5 to .9."""
 
 STATISTICS = 1024
