@@ -212,7 +212,9 @@ def recoded(z: Array, shares: Array, weights: Array) -> Array:
         below = np.zeros(2 * len(children))
         np.add.at(below, steps, masses[:, None] * known)
         left, right = below.reshape(-1, 2).T
-        return np.divide(left, left + right, out=np.full(len(left), 0.5), where=left + right > 0)
+        share = np.full(len(left), 0.5)
+        np.divide(left, left + right, out=share, where=left + right > 0)
+        return share
 
     levels = [(depth, depth % z.shape[1]) for depth in range(paths.shape[1])]
     used = z[:, : len(levels)]  # the other coordinates stay
