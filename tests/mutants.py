@@ -32,12 +32,12 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
-        "both critics are given the previous measure",
+        "both critics are given the first measure",
         "fl_wb/barycenter/stage.py",
-        r"\[previous, new\]$",
-        "[previous, previous]",
+        r"(self\._on_device\(measure\), rng\) for measure in measures)\]",
+        r"\1[:1] * 2]",
     ),
-    Mutant("no fidelity", "fl_wb/barycenter/stage.py", r"self\.settings\.fidelity", "0.0"),
+    Mutant("no fidelity", "fl_wb/barycenter/stage.py", r"settings\.fidelity", "0.0"),
     Mutant("no energy", "fl_wb/ternary/ternarization.py", r"settings\.energy", "0.0"),
     Mutant(
         "latents not turned", "fl_wb/ternary/ternarization.py", r"= turned\(teacher.*", "= teacher"

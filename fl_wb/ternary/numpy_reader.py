@@ -212,9 +212,9 @@ def recoded(z: Array, shares: Array, weights: Array) -> Array:
         below = np.zeros(2 * len(children))
         np.add.at(below, steps, masses[:, None] * known)
         left, right = below.reshape(-1, 2).T
-        halves: Array = np.full(len(left), 0.5)
-        np.divide(left, left + right, out=halves, where=left + right > 0)
-        return halves
+        share = np.full(len(left), 0.5)
+        np.divide(left, left + right, out=share, where=left + right > 0)
+        return share
 
     levels = [(depth, depth % z.shape[1]) for depth in range(paths.shape[1])]
     used = z[:, : len(levels)]  # the other coordinates stay
