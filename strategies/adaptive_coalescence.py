@@ -309,8 +309,11 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
                 arrived[node_id] = self._read(content)
             except records.InvalidUpload as error:
                 self._say_dropped(node_id, str(error))
+        known, changed = self._uploads.made_of, self._uploads.changed
         self._uploads.put(server_round, arrived, self._connected)
         self._screen()
+        if self._uploads.made_of == known:  # what came was screened out, or what was there
+            self._uploads.changed = changed
         arrays = self._merge_if_needed(server_round)
         if self._memory is not None:
             self._memory.save(self._uploads, self._merged, server_round)
@@ -409,7 +412,6 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         )
         if not needed:
             log(INFO, "aggregate_train: nobody is given this round's model: nothing is merged")
-        if not needed:
             return None
         if self._merged is not None and not self._uploads.changed:
             return None if self._given else self._whole(self._merged)

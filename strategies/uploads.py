@@ -73,6 +73,11 @@ class Uploads:
         """Return the uploads that are kept apart, by node id."""
         return dict(self._of)
 
+    @property
+    def made_of(self) -> list[tuple[str, float, str]]:
+        """Key, weight and digest of what there is to merge, in its order."""
+        return [(upload.key, upload.weight, upload.digest) for upload in self.ordered()]
+
     def ordered(self) -> list[Upload]:
         """Return what to merge, in an order that no network delay can change."""
         return ([self._folded] if self._folded else []) + _in_place(self._of.values())

@@ -344,7 +344,7 @@ def test_normalisation_makes_up_for_other_activations(make: Callable[[], nn.Modu
 
 @pytest.mark.parametrize("planes", [0, 4, -1])
 def test_planes_out_of_range_are_refused(planes: int):
-    with pytest.raises(ValueError, match=f"planes={planes} is not between 1 and 3"):
+    with pytest.raises(ValueError, match=f"planes={planes} must be at least 1 and less than 4"):
         Ternarization(planes=planes)
 
 

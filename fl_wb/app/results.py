@@ -266,7 +266,7 @@ class Results:
         """Draw one picture of the whole run, from the sources to the first targets."""
         rows = _rows("source", self._pictures.get("source", {}))
         if drawn := self._pictures.get("barycenter"):
-            rows["barycenter"] = drawn[""]
+            rows["barycenter"] = drawn.get("", next(iter(drawn.values())))
         names = sorted(
             {name for step in OWN for name in self._pictures.get(step, {})}, key=_by_number
         )

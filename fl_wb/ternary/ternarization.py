@@ -75,10 +75,6 @@ class Ternarization(Distillation):
     threshold_lr: Annotated[float, at_least(0)] = 2e-4
     planes: Annotated[int, at_least(1, below=4)] = 2
 
-    def __post_init__(self) -> None:  # noqa: D105
-        if self.planes not in range(1, PLANES + 1):
-            raise ValueError(f"planes={self.planes} is not between 1 and {PLANES}")
-
 
 def ternarize(
     generator: nn.Module,
