@@ -419,7 +419,7 @@ def patterns(generator: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("learns", [True, False])
 def test_thresholds_move_with_their_rate_and_stay_without(learns: bool):
     # With the weights held still, only a threshold can change which weights are zero.
-    settings = quick(30, lr=0.0, threshold_lr=3e-2 if learns else 0.0)
+    settings = quick(30, lr=1e-12, threshold_lr=3e-2 if learns else 0.0)
     before = ternarize(trained(), settings=quick(0))
     after = ternarize(trained(), settings=settings)
     moved = [
