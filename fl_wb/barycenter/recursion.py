@@ -183,7 +183,7 @@ def check_weights(weights: Sequence[float] | None, n: int) -> list[float]:
 def shares_learned(weights: Sequence[float], settings: Stage, fan_in: int) -> list[float]:
     """Return the shares of the code (`fl_wb.generators.code`) that a barycenter has learned.
 
-    None if there is no one code: of a single measure, or where measures were not merged by one
+    Empty if there is no one code: of a single measure, or where measures were not merged by one
     stage that distils their mixture.
     """
     one_stage = 1 < len(weights) <= fan_in
