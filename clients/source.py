@@ -207,7 +207,10 @@ def source_train(
             )
             found = dict(trained.generator.state_dict())
             found |= {_CRITIC + n: v for n, v in trained.critics[0].state_dict().items()}
-            found |= {_FIGURE + n: torch.tensor(v, dtype=torch.float64) for n, v in sorted(figures.items())}
+            found |= {
+                _FIGURE + n: torch.tensor(v, dtype=torch.float64)
+                for n, v in sorted(figures.items())
+            }
             if store:
                 store.put(key, found)
                 store.keep_only([key])

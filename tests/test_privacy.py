@@ -166,7 +166,9 @@ def test_the_noise_is_nobodys_to_know() -> None:
     assert not same(one.critics[0], other.critics[0])
 
 
-def test_a_private_source_learns() -> None:
+def test_a_private_source_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secrets.randbits", lambda bits: 0)  # the same noise in every test
+
     def near(n: int) -> Tensor:
         return torch.randn(n, 2, generator=rng(n)) * 0.1 + 0.8
 
@@ -176,7 +178,9 @@ def test_a_private_source_learns() -> None:
         network.latent_dim = 2  # type: ignore[assignment]
         return network
 
-    training = Training(iterations=150, batch_size=128, critic_steps=1, generator_lr=0.01)
+    training = Training(
+        iterations=150, batch_size=128, critic_steps=3, generator_lr=2e-3, critic_lr=0.01
+    )
     privacy = Privacy(epsilon=20.0)
     trained, figures = train_source(
         start(), lambda: MLPCritic((2,), width=16), near(500), training, privacy=privacy
