@@ -5,9 +5,9 @@
 A generator is trained on some of the real digits, without and with differential privacy (DP-SGD of
 the critic, delta 1e-5). The table gives its quality, against digits that it was not trained on:
 Frechet distance and coverage in the features of a small classifier, energy distance in pixels;
-its memorization; and by how much an observer who has it tells digits that it was trained on from
-others: the area under the curve (AUC; 0.5 is guessing) of their distance to the nearest of 10,000
-generated ones, and of the critic's score for who has that too (`strategy.critic`). Means over seeds.
+its memorization; and by how much who has it tells digits that it was trained on from others: the
+area under the curve (AUC; 0.5 is guessing) of their distance to the nearest of 10,000 generated
+ones, and of the critic's score for who has that, too (`strategy.critic`). Means over seeds.
 """
 
 from __future__ import annotations
