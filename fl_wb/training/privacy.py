@@ -175,9 +175,10 @@ def gradients(critic: nn.Module, real: Tensor, fakes: Tensor, rng: torch.Generat
 
     def difference(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         scores = functional_call(critic, values, (torch.stack([y, x]),)).reshape(-1)
-        return scores[0] - scores[1]
+        found: Tensor = scores[0] - scores[1]
+        return found
 
     values = {name: value.detach() for name, value in parameters.items()}
     each = vmap(grad(difference), in_dims=(None, 0, 0), randomness="different")
-    found = each(values, real, fakes[partners])
-    return [found[name] for name in parameters]
+    of_each = each(values, real, fakes[partners])
+    return [of_each[name] for name in parameters]

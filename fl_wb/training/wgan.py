@@ -286,7 +286,8 @@ def critic_loss(
 def gradient_penalty(critic: nn.Module, points: Tensor) -> Tensor:
     """Return E (||grad psi|| - 1)^2 at points (n, ...)."""
     norm = input_gradient(critic, points).flatten(1).norm(dim=1)
-    return (norm - 1).square().mean()
+    penalty: Tensor = (norm - 1).square().mean()
+    return penalty
 
 
 def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:
