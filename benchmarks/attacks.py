@@ -22,7 +22,7 @@ import resource
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from torch import Tensor, nn
 
 from benchmarks.hostile import SOURCES, collapsed, inverted, marked, noise
-from fl_wb.app.config import Config, compose
+from fl_wb.app.config import Config, compose, to_run_config
 from fl_wb.app.factories import factories, seeded
 from fl_wb.client_app import app
 from fl_wb.clients.source import train_source
@@ -237,8 +237,11 @@ def attacks(config: Config) -> dict[str, Attack]:
         "collapsed": Attack("train", uploads(collapsed)),
         "half the ink": Attack("train", trained(lambda x: (x + 1) / 2 - 1)),
         "three quarters of the ink": Attack("train", trained(lambda x: (x + 1) * 0.75 - 1)),
+        "nine tenths of the ink": Attack("train", trained(lambda x: (x + 1) * 0.9 - 1)),
         "a mark on 80% of its samples": Attack("train", trained(marked)),
         "a mark on 20% of its samples": Attack("train", trained(lambda x: marked(x, 0.2))),
+        "a mark on 5% of its samples": Attack("train", trained(lambda x: marked(x, 0.05))),
+        "a mark in the middle of 80%": Attack("train", trained(lambda x: marked(x, 0.8, 3))),
         "an error in training": Attack("train", error="No query function registered"),
         "a target's role is an error": Attack(
             "query", nodes=(TARGET,), error="No query function registered"
@@ -311,11 +314,12 @@ def run(attack: Attack, cache: Path, output: Path, real: Tensor) -> Outcome:
     heard, ended = Heard(), ""
     logger = logging.getLogger("flwr")
     logger.handlers[:] = [heard]
-    words = {"overrides": " ".join(SETTINGS), "output": str(output)}
+    config = replace(compose(SETTINGS), output=str(output))
+    words = to_run_config(config, SETTINGS)
     try:
         server_app(Attacked(words, cache, attack), Context(7, 1, {}, RecordDict(), words))
         found = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-        network = factories(compose(SETTINGS))[0]()
+        network = factories(config)[0]()
         network.load_state_dict(load_tensors(output / "barycenter.safetensors")[0])
         energy = energy_distance(generate(network, SAMPLES), real)
     except Exception as error:
