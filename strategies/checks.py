@@ -12,10 +12,10 @@ from flwr.common.logger import log
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from fl_wb.federation.model import own_arrays
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import latent_dim_of, sampling
 from fl_wb.messages import numpy_client, records
-from fl_wb.strategies.model import own_arrays
 from fl_wb.training.wgan import critic_loss
 
 

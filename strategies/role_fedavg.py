@@ -20,12 +20,12 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords, sample_nodes
 from torch import Tensor
 
+from fl_wb.federation.model import average
 from fl_wb.messages import keys, numpy_client, records
 from fl_wb.messages import replies as checked
 from fl_wb.messages.keys import BOTH, ROLE, ROLES, SOURCE, TARGET
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
-from fl_wb.strategies.model import average
 
 Form = frozenset[tuple[str, int, bool]]  # of metrics: see `_form`
 

@@ -23,10 +23,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Result
 
 from fl_wb.barycenter import Stage
+from fl_wb.federation.memory import Memory
+from fl_wb.federation.uploads import Uploads
 from fl_wb.persistence.locks import InUseError, locked
 from fl_wb.strategies import AdaptiveCoalescence
-from fl_wb.strategies.memory import Memory
-from fl_wb.strategies.uploads import Uploads
 from fl_wb.testing.in_process_grid import InProcessGrid
 from fl_wb.training.distillation import Distillation
 from fl_wb.training.wgan import Training

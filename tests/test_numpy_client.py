@@ -12,10 +12,10 @@ from flwr.client import Client, NumPyClient
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fl_wb.federation.model import Model
 from fl_wb.messages import generator_part, numpy_client
 from fl_wb.messages.records import InvalidUpload, validate
 from fl_wb.strategies import RoleFedAvg
-from fl_wb.strategies.model import Model
 from fl_wb.testing.in_process_grid import InProcessGrid
 
 

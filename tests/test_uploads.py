@@ -15,9 +15,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Result
 
 from fl_wb.barycenter import recursive_barycenter
+from fl_wb.federation import uploads as uploads_module
+from fl_wb.federation.uploads import KEPT, Uploads
 from fl_wb.strategies import AdaptiveCoalescence
-from fl_wb.strategies import uploads as uploads_module
-from fl_wb.strategies.uploads import KEPT, Uploads
 from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import (
     STAGE,
@@ -70,8 +70,11 @@ def come_and_go(store: Path | None, rounds: int) -> tuple[AdaptiveCoalescence, R
             del grid.nodes[node_id]
         while len(grid.nodes) < 4:
             grid.add({}, node_id=100 * (server_round + 1) + len(grid.nodes))
-        sizes.kept.append(len(coalescence._uploads.ordered()))
-        sizes.stages.append(len(list(store.glob("*"))) if store else len(coalescence.store._memory))
+        kept = coalescence._coalescence
+        sizes.kept.append(len(kept.uploads.ordered()) if kept else 0)
+        sizes.stages.append(
+            len(list(store.glob("*"))) if store else len(coalescence.merger.store._memory)
+        )
         sizes.memory.append(held())
         assert len(coalescence._roles) <= 4
 
@@ -88,7 +91,7 @@ def test_nothing_grows_while_nodes_come_and_go(
     folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Prepare
-    monkeypatch.setattr("fl_wb.strategies.uploads.KEPT", 3)
+    monkeypatch.setattr("fl_wb.federation.uploads.KEPT", 3)
 
     # Execute
     coalescence, result, sizes = come_and_go(tmp_path / "store" if folder else None, 10)
@@ -101,7 +104,7 @@ def test_nothing_grows_while_nodes_come_and_go(
     model = sum(len(array.data) for array in initial_arrays().values())
     assert sizes.messages == {("query", 0), ("train", model), ("evaluate", model)}
     assert max(sizes.memory[7:]) <= max(sizes.memory[3:7]) + model // 2
-    weights = [upload.weight for upload in coalescence._uploads.ordered()]
+    weights = [upload.weight for upload in coalescence._coalescence.uploads.ordered()]
     assert sum(weights) == 31
     assert max(weights) > 1  # folded
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fl_wb.federation.uploads import FOLDED, State, Upload, Uploads
 from fl_wb.persistence.tensor_files import (
     StorageError,
     digest,
@@ -23,7 +24,6 @@ from fl_wb.persistence.tensor_files import (
     save_tensors,
     write_atomic,
 )
-from fl_wb.strategies.uploads import FOLDED, State, Upload, Uploads
 
 log = logging.getLogger("flwr")
 

@@ -1,0 +1,219 @@
+"""The server's side of adaptive coalescence: of the nodes' uploads, one model a round."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from logging import INFO, WARNING
+from time import perf_counter
+
+from flwr.app import ArrayRecord
+from flwr.common.logger import log
+from torch import nn
+
+from fl_wb.barycenter import Measure, UselessMeasure, shares_learned
+from fl_wb.federation.memory import Memory
+from fl_wb.federation.merger import Merger
+from fl_wb.federation.model import Model, State, average
+from fl_wb.federation.uploads import Upload, Uploads
+from fl_wb.messages import records
+from fl_wb.messages.screening import outliers
+from fl_wb.messages.weights import bounded_weights
+from fl_wb.persistence.tensor_files import digest
+
+SCREENED = 256  # samples of each upload that are compared
+
+
+class Coalescence:
+    """The uploads that count, and the barycenter of them.
+
+    Parameters
+    ----------
+    model : Model
+        What travels.
+    merger : Merger
+        How uploads are merged; with its store in a folder, what the last run left there is taken
+        up.
+    screening, max_age, max_share
+        As in `AdaptiveCoalescence`.
+
+    Attributes
+    ----------
+    uploads
+        What is kept of the nodes.
+    shares
+        Of the code's cells in the model; empty if it has no code.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        merger: Merger,
+        *,
+        screening: float | None,
+        max_age: int | None,
+        max_share: float,
+    ) -> None:
+        self._model, self._merger = model, merger
+        self._screening, self._max_age, self._max_share = screening, max_age, max_share
+        self.uploads = Uploads()
+        self.shares: list[float] = []
+        self._merged: State | None = None  # the barycenter, under the generator's own names
+        self._given = False  # to whoever waits for this start's model
+        self._weighed: list[float] = []  # the weights of the last merge
+        self._memory: Memory | None = None
+        if (folder := merger.store.folder) is not None:
+            self._memory = Memory(folder / "nodes", model.all)
+            self.uploads, self._merged = self._memory.load()
+            if nodes := len(self.uploads):
+                log(INFO, "Taken up: the generators of %d nodes in %s", nodes, folder)
+
+    def read(self, weight: float, arrays: ArrayRecord) -> tuple[float, str, State]:
+        """Check what a node sent: its weight, its generator's digest, its arrays.
+
+        Raises
+        ------
+        InvalidUpload
+            Saying what is wrong with it.
+        """
+        state = self._model.read(arrays)
+        generator = self._model.generator(state)
+        self._merger.check(self._merger.network(generator))
+        return weight, digest(generator), state
+
+    def put(
+        self,
+        server_round: int,
+        arrived: dict[int, tuple[float, str, State]],
+        connected: Collection[int],
+    ) -> None:
+        """Keep what was read in a round, by node id, but for what is screened out."""
+        known, changed = self.uploads.made_of, self.uploads.changed
+        self.uploads.put(server_round, arrived, connected)
+        self._screen()
+        if self.uploads.made_of == known:  # what came was screened out, or what was there
+            self.uploads.changed = changed
+
+    def save(self, server_round: int) -> None:
+        """Keep the end of a round on disk, if there is a folder."""
+        if self._memory is not None:
+            self._memory.save(self.uploads, self._merged, server_round)
+
+    def own(self, node_id: int) -> ArrayRecord | None:
+        """Return the last model that a node sent, or None."""
+        upload = self.uploads.get(node_id)
+        return None if upload is None else self._model.record(self.uploads.state(upload))
+
+    def average(self) -> ArrayRecord | None:
+        """Return the weighted average of the models that nodes sent, or None."""
+        uploads = list(self.uploads.of_nodes().values())
+        return self._model.record(self._average(uploads)) if uploads else None
+
+    def merged(self, server_round: int, connected: Collection[int]) -> ArrayRecord | None:
+        """Return the model of all uploads that count; None if it is still the one that was."""
+        if not self.uploads.changed:
+            return self._whole(self._merged) if self._merged and not self._given else None
+        if folded := self.uploads.fold(connected, self._barycenter):
+            log(INFO, "aggregate_train: folded the generators of %d nodes that left", folded)
+        merged = self._barycenter(self._counted(server_round))
+        if merged is None:
+            return None
+        self._merged, self.uploads.changed = merged, False
+        self.shares = shares_learned(self._weighed, self._merger.stage, self._merger.fan_in)
+        return self._whole(merged)
+
+    def _whole(self, merged: State) -> ArrayRecord:
+        """Put the barycenter and the average of all else together."""
+        self._given = True
+        others = self._average(self.uploads.latest()) if self._model.has_others else {}
+        return self._model.whole(merged, others)
+
+    def _average(self, uploads: Sequence[Upload]) -> State:
+        return average((self.uploads.state(upload), upload.weight) for upload in uploads)
+
+    def _screen(self) -> None:
+        """Drop the uploads, of this round and before, that are too far from the others."""
+        if self._screening is None:
+            return
+        uploads = self.uploads.of_nodes()
+        nodes = sorted(uploads)
+        samples = [self._merger.samples(self._generator(uploads[node]), SCREENED) for node in nodes]
+        seed = self._merger.seed
+        for index, why in outliers(samples, threshold=self._screening, seed=seed):
+            self._drop(nodes[index], f"{why} (screening={self._screening})")
+
+    def _counted(self, server_round: int) -> list[Upload]:
+        """Return the uploads that count, and forget those that are too old."""
+        if self._max_age is not None:
+            for node_id, upload in self.uploads.of_nodes().items():
+                if server_round - upload.round > self._max_age:
+                    self._drop(node_id, f"it is of round {upload.round} (max_age={self._max_age})")
+        return self.uploads.ordered()
+
+    def _barycenter(self, uploads: Sequence[Upload]) -> State | None:
+        """Merge uploads, without those that turn out to be of no use; None if it fails."""
+        began = perf_counter()
+        while uploads:
+            weights = self._weights(uploads)
+            measures = [
+                Measure(partial(self._network, upload), weight, upload.digest)
+                for upload, weight in zip(uploads, weights, strict=True)
+            ]
+            try:
+                merged = self._merger.merge(measures, self._merged)
+            except UselessMeasure as error:
+                self._drop_measure(error)
+                uploads = [upload for upload in uploads if upload.digest != error.digest]
+            except (FloatingPointError, records.InvalidUpload) as error:
+                log(WARNING, "aggregate_train: the merge failed (%s): the model stays", error)
+                return None
+            else:
+                log(INFO, "aggregate_train: merged in %.1f s", perf_counter() - began)
+                self._weighed = weights
+                return merged
+        return None
+
+    def _weights(self, uploads: Sequence[Upload]) -> list[float]:
+        """Return what uploads weigh in the end, and say it."""
+        said = [upload.weight for upload in uploads]
+        weights = bounded_weights(said, self._max_share, [upload.nodes for upload in uploads])
+        if weights != said:
+            log(
+                WARNING,
+                "aggregate_train: no node weighs more than max_share=%s lets it: the "
+                "largest of %d said %.3g",
+                self._max_share,
+                len(said),
+                max(said),
+            )
+        total = sum(weights)
+        shares = ", ".join(f"{weight / total:.3g}" for weight in weights[:20])
+        more = ", ..." if len(weights) > 20 else ""
+        log(
+            INFO,
+            "aggregate_train: merging %d generators with weights %s%s",
+            len(uploads),
+            shares,
+            more,
+        )
+        return weights
+
+    def _generator(self, upload: Upload) -> State:
+        return self._model.generator(self.uploads.state(upload))
+
+    def _network(self, upload: Upload) -> nn.Module:
+        return self._merger.network(self._generator(upload))
+
+    def _drop_measure(self, error: UselessMeasure) -> None:
+        for node_id, upload in self.uploads.of_nodes().items():
+            if upload.digest == error.digest:
+                self._drop(node_id, str(error))
+
+    def _drop(self, node_id: int, why: str) -> None:
+        say_dropped(node_id, why)
+        self.uploads.drop(node_id)
+
+
+def say_dropped(node_id: int, why: str) -> None:
+    """Log whose upload does not count, and why."""
+    log(WARNING, "aggregate_train: dropped the upload of node %d: %s", node_id, why)

@@ -1,0 +1,86 @@
+"""One merge of uploads: the settings of a run's barycenters, and what makes their networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fl_wb.barycenter import Measure, Merge, Stage, barycenter_of
+from fl_wb.federation.model import State
+from fl_wb.generators.networks import MLPCritic
+from fl_wb.generators.sampling import generate, latent_dim_of
+from fl_wb.messages import records
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.reporting.progress import progress
+from fl_wb.training.wgan import Progress
+
+CONTINUED = 0.5
+"""Of a stage's iterations, where it starts at the barycenter of the round before."""
+
+
+@dataclass(frozen=True)
+class Merger:
+    """How a run's uploads are merged; its fields are those arguments of `AdaptiveCoalescence`."""
+
+    generator: Callable[[], nn.Module]
+    critic: Callable[[], nn.Module] | None
+    latent_dim: int | None
+    stage: Stage
+    fan_in: int
+    executor: str | None
+    seed: int
+    store: StageStore
+    device: str
+    callback: Progress | None
+
+    def network(self, state: State) -> nn.Module:
+        """Make the generator of a state."""
+        network = self.generator()
+        network.load_state_dict(state)
+        return network
+
+    def check(self, network: nn.Module) -> None:
+        """Raise InvalidUpload if a generator's samples are of no use."""
+        records.check_samples(network, latent_dim=self.latent_dim)
+
+    def samples(self, state: State, n: int) -> Tensor:
+        """Return n samples (n, ...) of the generator of a state."""
+        return generate(self.network(state), n, seed=self.seed, latent_dim=self.latent_dim)
+
+    def merge(self, measures: Sequence[Measure], before: State | None) -> State:
+        """Return the state of the measures' barycenter; `before` is that of the last round.
+
+        Raises
+        ------
+        UselessMeasure, FloatingPointError, InvalidUpload
+            If nothing comes of it, the first where one of the measures is the cause.
+        """
+        network = self.generator()
+        settings, initial = self.stage, None
+        if before is not None:
+            initial = self.network(before)
+            settings = settings.shortened(CONTINUED)
+        merge = Merge(
+            settings,
+            self.critic or (lambda: MLPCritic(self._shape(network))),
+            latent_dim_of(network, self.latent_dim),
+            self.seed,
+            self.store,
+            torch.device(self.device),
+        )
+        merged = barycenter_of(
+            measures,
+            merge,
+            fan_in=self.fan_in,
+            initial=initial,
+            executor=self.executor,
+            callback=self.callback or progress("Barycenter"),
+        )
+        self.check(merged)
+        return {name: value.cpu() for name, value in merged.state_dict().items()}
+
+    def _shape(self, network: nn.Module) -> tuple[int, ...]:
+        return tuple(generate(network, 2, latent_dim=self.latent_dim).shape[1:])
