@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.generators.code import Code, code_of
-from fl_wb.generators.sampling import latent_dim_of
+from fl_wb.generators.sampling import latents_of
 
 
 class Reweighted(nn.Module):
@@ -30,7 +30,8 @@ class Reweighted(nn.Module):
         latent_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.latent_dim = latent_dim_of(generator, latent_dim)
+        self.latents = latents_of(generator, latent_dim)
+        self.latent_dim = self.latents.dim
         self.generator = generator
         self.register_buffer("shares", torch.tensor(shares, dtype=torch.float64))
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
@@ -38,7 +39,7 @@ class Reweighted(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Map latents (n, latent_dim) to samples (n, ...)."""
         code = code_of(tuple(self.shares.tolist()))
-        samples: Tensor = self.generator(code.recode(z, self.weights.tolist()))
+        samples: Tensor = self.generator(code.recode(z, self.weights.tolist(), self.latents))
         return samples
 
 
