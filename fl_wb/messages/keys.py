@@ -16,6 +16,7 @@ WEIGHT = "num-examples"
 PARTITION = "partition"
 TERNARY = "ternary"
 SHARES = "shares"
+LABELS = "label-counts"  # how often a node has each label: a list in the metrics of a train reply
 ROLE = "role"
 SOURCE, TARGET, BOTH, NONE = "source", "target", "both", "none"
 ROLES = (SOURCE, TARGET, BOTH, NONE)
