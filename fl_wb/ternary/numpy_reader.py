@@ -3,10 +3,8 @@
     from numpy_reader import PackedGenerator
     samples = PackedGenerator("target-0.flwb", shape=(1, 8, 8)).samples(16, seed=0)
 
-It runs the networks that FL-WB ships ("mlp", "conv", "dcgan"), with other weights of their sources,
-too (`fl_wb.generators.reweighted`). The format is documented in
-docs/ternary-format.md; `fl_wb.ternary.packing` reads files by the same `parse` where torch is at
-hand. Nothing of FL-WB is imported here, on purpose.
+It runs the networks that FL-WB ships ("mlp", "conv", "dcgan"), reweighted ones, too. The format is
+documented in docs/ternary-format.md. Nothing of FL-WB is imported here, on purpose.
 """
 
 from __future__ import annotations
@@ -23,14 +21,13 @@ from typing import Any
 
 import numpy as np
 
-MAGIC, VERSION = b"FLWBTERN", 2
+MAGIC, VERSION = b"FLWBTERN", 3
 NETWORKS = ("MLPGenerator", "ConvGenerator", "DCGANGenerator")
 EPSILON = 1e-5  # of torch's batch normalisation
 PREFIX = struct.Struct("<8sII")
-_SHA = 32
-_BYTES = {"float32": 4, "float64": 8, "int64": 8}
-_MOST_PLANES = 3
-_MOST_CELLS = 1024  # few enough for a tree of any shape
+CODE, GATE = ("shares", "weights"), ("gate.first", "gate.second", "gate.third")
+_BYTES = {"float16": 2, "float32": 4, "float64": 8, "int64": 8}
+_SHA, _MOST_PLANES, _MOST_CELLS = 32, 3, 1024  # few enough for a tree of any shape
 _TAIL = 1e-9  # of Phi, as in fl_wb.generators.code
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -63,9 +60,10 @@ class PackedGenerator:
         self.shape = tuple(shape)
         layers: dict[int, dict[str, Array]] = {}
         self._code = code_in(arrays)
+        self._gate = [arrays[name] for name in GATE if self._code and name in arrays]
         try:
             for name, array in arrays.items():
-                if self._code and name in CODE:
+                if self._code and name in (*CODE, *GATE):
                     continue
                 *_, index, key = name.removeprefix("generator.").split(".")
                 layers.setdefault(int(index), {})[key] = array
@@ -85,7 +83,8 @@ class PackedGenerator:
     def __call__(self, z: Array) -> Array:
         """Map latents (n, latent_dim) to samples (n, *shape)."""
         convolutions = sum(layer["weight"].ndim == 4 for layer in self._layers)
-        x = recoded(z, *self._code) if self._code else z
+        x = chosen(z, self._gate) if self._gate else z
+        x = recoded(x, *self._code) if self._code else x
         for layer in self._layers:
             weight = layer["weight"]
             if weight.ndim == 1:  # a normalisation, which ReLU follows in every shipped network
@@ -115,8 +114,8 @@ def parse(data: bytes) -> tuple[str, dict[str, Array]]:
     if hashlib.sha256(body).digest() != data[-_SHA:]:
         raise PackedFileError("its checksum does not agree: it is truncated or was altered")
     _, version, length = PREFIX.unpack_from(data)
-    if version not in (1, VERSION):
-        raise PackedFileError(f"it has version {version}; this program reads 1 and {VERSION}")
+    if not 1 <= version <= VERSION:
+        raise PackedFileError(f"it has version {version}; this program reads 1 to {VERSION}")
     try:
         header = json.loads(bytes(body[PREFIX.size : PREFIX.size + length]))
         entries = [_entry(entry) for entry in header["tensors"]]
@@ -149,29 +148,15 @@ def planes_sum(alphas: Sequence[float], signs: Array) -> Array:
     return total
 
 
-CODE = ("shares", "weights")
-
-
 def code_in(arrays: dict[str, Array]) -> tuple[Array, Array] | None:
-    """Return the shares and weights of a generator's cells, (K,) each, if it has them.
-
-    Raises
-    ------
-    PackedFileError
-        If they are none.
-    """
+    """Return the shares and weights of a generator's cells, (K,) each, if it has them."""
     if not all(name in arrays for name in CODE):
         return None
     shares, weights = (arrays[name] for name in CODE)
-    if not (
-        shares.dtype == weights.dtype == np.float64
-        and shares.ndim == 1
-        and shares.shape == weights.shape
-        and 0 < len(shares) <= _MOST_CELLS
-        and all(0 < share < math.inf for share in shares)
-        and all(0 <= weight < math.inf for weight in weights)
-        and weights.any()
-    ):
+    good = shares.dtype == weights.dtype == np.float64 and shares.shape == weights.shape
+    good = good and shares.ndim == 1 and 0 < len(shares) <= _MOST_CELLS and weights.any()
+    good = good and all(0 < share < math.inf for share in shares)
+    if not good or not all(0 <= weight < math.inf for weight in weights):
         raise PackedFileError("its shares and weights are those of no code")
     return shares, weights
 
@@ -181,20 +166,31 @@ def _entry(entry: dict[str, Any]) -> tuple[str, list[int], str, list[float], int
     name, shape, kind = entry["name"], entry["shape"], entry["kind"]
     if not (isinstance(name, str) and isinstance(shape, list) and len(shape) <= 32):
         raise ValueError("a tensor needs a name and a shape")
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"shape {shape}")
-    if math.prod(max(n, 1) for n in shape) >= 2**40:  # too big for numpy even beside a 0
+    good = all(type(n) is int and n >= 0 for n in shape)
+    if not good or math.prod(max(n, 1) for n in shape) >= 2**40:  # too big even beside a 0
         raise ValueError(f"shape {shape}")
     if kind != "ternary":
         return name, shape, kind, [], math.prod(shape) * _BYTES[kind]
     alphas = entry["alphas"] if "alphas" in entry else [entry["alpha"]]
-    if not (isinstance(alphas, list) and 0 < len(alphas) <= _MOST_PLANES):
-        raise ValueError(f"alphas {alphas!r}")
-    if not all(isinstance(alpha, float) and alpha >= 0 for alpha in alphas):
-        raise ValueError(f"alphas {alphas!r}")
-    if not sum(alphas) <= float(np.finfo("f4").max):
+    good = isinstance(alphas, list) and 0 < len(alphas) <= _MOST_PLANES
+    good = good and all(isinstance(alpha, float) and alpha >= 0 for alpha in alphas)
+    if not good or not sum(alphas) <= float(np.finfo("f4").max):
         raise ValueError(f"alphas {alphas!r}")
     return name, shape, kind, alphas, len(alphas) * -(-math.prod(shape) // 4)
+
+
+def chosen(z: Array, gate: Sequence[Array]) -> Array:
+    """Choose a roll of each latent (n, latent_dim), as `fl_wb.generators.gate.Gate.choose` does."""
+    rolled = [sign * np.roll(z, by, 1) for sign in (1, -1) for by in range(z.shape[1])]
+    candidates = np.stack(rolled[:32], 1)
+    x = candidates.astype(np.float64)
+    for depth, layer in enumerate(gate):
+        x = (x if depth == 0 else np.maximum(x, 0)) @ layer[:, :-1].T + layer[:, -1]
+    odds = np.exp(np.clip(x[..., 0], -20, 3.4)).cumsum(1)
+    drawn = np.abs(np.modf(64 * z[:, :1].astype(np.float64))[0]) * odds[:, -1:]
+    taken = np.minimum((odds < drawn).sum(1), odds.shape[1] - 1)
+    found: Array = candidates[np.arange(len(z)), taken]
+    return found
 
 
 def recoded(z: Array, shares: Array, weights: Array) -> Array:

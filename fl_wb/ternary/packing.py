@@ -1,6 +1,6 @@
 """The packed file of a ternary generator: four weights to a byte, checked before it is trusted.
 
-Layout (version 2, little-endian)::
+Layout (version 3, little-endian)::
 
     8 bytes   magic "FLWBTERN"
     4 bytes   version (uint32)
@@ -11,9 +11,10 @@ Layout (version 2, little-endian)::
 
 A tensor's kind is "ternary" (a plane for each alpha, one after another: ceil(n / 4) bytes; weight
 4b + i is in bits 2i, 2i+1 of byte b: 0, 1 and 2 stand for 0, +alpha and -alpha; the planes add up),
-"float32", "float64" or "int64" (raw). A `Reweighted` generator is named by the class inside; its
-tensors say the rest. Nothing in it is code. The bytes are read in `fl_wb.ternary.numpy_reader`,
-which needs no torch, and reads version 1, too (one plane, "alpha").
+"float16", "float32", "float64" or "int64" (raw). A `Reweighted` generator is named by the class
+inside; its tensors say the rest. Nothing in it is code. The bytes are read in
+`fl_wb.ternary.numpy_reader`, which needs no torch, and reads older versions, too: version 1 has one
+plane, "alpha", and version 2, which is still written where nothing else is needed, no float16.
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from torch import Tensor, nn
 
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
+from fl_wb.generators.gate import Gate
 from fl_wb.generators.reweighted import Reweighted, reweighted
 from fl_wb.persistence.tensor_files import write_atomic
 from fl_wb.ternary.numpy_reader import (
+    GATE,
     MAGIC,
     PREFIX,
     VERSION,
@@ -81,6 +84,8 @@ def pack(generator: nn.Module) -> bytes:
             entry |= {"kind": "ternary", "alphas": alphas}
             payload += [_to_bits(plane) for plane in _planes_of(array, alphas)]
         else:
+            if name in GATE:
+                array = array.astype(np.float16)  # it has no more digits
             entry["kind"] = array.dtype.name
             payload.append(array.astype(array.dtype.newbyteorder("<")).tobytes())
         tensors.append(entry)
@@ -88,7 +93,8 @@ def pack(generator: nn.Module) -> bytes:
     if not any(e["kind"] == "ternary" and len(e["shape"]) > 1 for e in tensors):
         raise ValueError(f"no weight of this {network} is ternary: ternarize it")
     header = json.dumps({"network": network, "tensors": tensors}).encode()
-    body = PREFIX.pack(MAGIC, VERSION, len(header)) + header + b"".join(payload)
+    version = VERSION if any(entry["kind"] == "float16" for entry in tensors) else VERSION - 1
+    body = PREFIX.pack(MAGIC, version, len(header)) + header + b"".join(payload)
     return body + hashlib.sha256(body).digest()
 
 
@@ -113,7 +119,9 @@ def unpack(data: bytes, generator: nn.Module) -> nn.Module:
     loaded = copy_of(_inside(generator) if code else generator)
     if code:
         try:
-            loaded = reweighted(loaded, Code(code[0].tolist()), code[1].tolist())
+            loaded = reweighted(
+                loaded, Code(code[0].tolist()), code[1].tolist(), gate=_gate_in(state)
+            )
         except ValueError as error:
             raise PackedFileError(f"its code is none: {error}") from None
     own = {name: tensor.shape for name, tensor in loaded.state_dict().items()}
@@ -126,6 +134,13 @@ def unpack(data: bytes, generator: nn.Module) -> nn.Module:
             )
     loaded.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
     return loaded.eval()
+
+
+def _gate_in(state: dict[str, Array]) -> Gate | None:
+    """Return the gate that a file's arrays hold, if it has one."""
+    if not all(name in state for name in GATE):
+        return None
+    return Gate([torch.tensor(state[name]) for name in GATE])
 
 
 def _inside(generator: nn.Module) -> nn.Module:
