@@ -59,9 +59,10 @@ def make_own(
 ) -> Made:
     """Adapt a generator to a node's few samples, and ternarize it if `ternarization` says how.
 
-    Where its code is known, it gets the node's own `weights` first; `plain` folds these into the
-    architecture that it has (see `fl_wb.adaptation.folded`). The other arguments are those of
-    `fl_wb.adaptation.adapt` and `fl_wb.ternary.ternarize`.
+    Where its code is known, it gets the node's own `weights` and gate first. `plain` keeps the
+    architecture that it has: the weights are folded into it (see `fl_wb.adaptation.folded`), and
+    the gate guides its adaptation. The other arguments are those of `fl_wb.adaptation.adapt` and
+    `fl_wb.ternary.ternarize`.
 
     Raises
     ------
@@ -71,11 +72,11 @@ def make_own(
     """
     if ternarization is not None:
         list(ternary.ternarizable(start))
-    began = perf_counter()
+    began, guide = perf_counter(), None
     if code is not None:
         start = own_start(start, code, few, method=weights, seed=seed, latent_dim=latent_dim)
         if plain and isinstance(start, Reweighted):
-            start = folded(start, seed=seed)
+            guide, start = start, folded(start, seed=seed)
     weighed = perf_counter()
     adapted = adapt(
         start,
@@ -86,6 +87,7 @@ def make_own(
         latent_dim=latent_dim,
         device=device,
         checkpoint=checkpoint,
+        guide=guide,
     )
     between = perf_counter()
     made = None

@@ -12,13 +12,15 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor, nn
 
-from fl_wb.adaptation import fit_gate, own_start
+from fl_wb.adaptation import Adaptation, adapt, fit_gate, folded, own_start
+from fl_wb.clients.fast_adaptation import make_own
 from fl_wb.generators.code import Code
 from fl_wb.generators.gate import Gate
 from fl_wb.generators.networks import make_generator
 from fl_wb.generators.reweighted import Reweighted, reweighted
 from fl_wb.generators.sampling import generate
 from fl_wb.ternary import PackedFileError, Ternarization, load, numpy_reader, pack, save, ternarize
+from fl_wb.training.wgan import Training
 from tests.points import same
 
 
@@ -199,3 +201,28 @@ def test_a_forged_gate_is_refused(layer: Tensor, tmp_path: Path):
     if layer.isfinite().all():
         with pytest.raises(PackedFileError, match="holds no MLPGenerator"):
             numpy_reader.PackedGenerator(path, (1, 8, 8))
+
+
+# adapted
+
+
+def test_a_gated_start_keeps_its_gate_and_learns_from_its_own_samples():
+    start = reweighted(Points(), Code((1, 1)), (1, 1), gate=fit_gate(Points(), few_of([3.0], 10)))
+    adapted = adapt(start, few_of([3.0], 10), iterations=2)
+    assert same(adapted.gate, start.gate)
+
+
+def test_what_keeps_its_architecture_is_guided_by_the_gate():
+    # Prepare
+    few, start = few_of([0.0, 3.0], 10), Points()
+    own = own_start(start, Code((1, 1)), few)
+    plain = folded(own)
+
+    # Execute
+    made = make_own(
+        start, few, code=Code((1, 1)), plain=True, adaptation=Adaptation(training=Training(5, 2))
+    )
+    alone = adapt(plain, few, settings=Adaptation(training=Training(5, 2)))
+
+    # Assert
+    assert isinstance(made.adapted, Points) and not same(made.adapted, alone)

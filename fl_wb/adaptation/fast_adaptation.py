@@ -10,6 +10,10 @@ alone memorises them, so three things are ours here:
 - the more samples there are, the more of them are learned as they are, and the less the start
   counts.
 
+A start that a gate made the target's own already (`fl_wb.adaptation.gates`) has few strangers left,
+which an anchor would hold: there, its samples are two thirds of what is learned, in the anchor's
+place.
+
 A small generator whose target is new may be *transported* first: its samples are coupled optimally
 with the widened ones, and it is regressed on that coupling (`transport_pairs`).
 """
@@ -26,6 +30,7 @@ from torch import Tensor, nn
 from fl_wb.adaptation.variation import transport_pairs, variation_bank
 from fl_wb.generators.copies import copy_of
 from fl_wb.generators.networks import MLPCritic
+from fl_wb.generators.reweighted import Reweighted
 from fl_wb.generators.sampling import check_real, device_of, generate
 from fl_wb.settings import Settings, at_least, one_of
 from fl_wb.training.checkpoints import Checkpoint
@@ -117,6 +122,7 @@ def adapt(
     device: str | torch.device | None = None,
     callback: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    guide: nn.Module | None = None,
 ) -> nn.Module:
     """Adapt a generator to a few samples; the arguments are left alone.
 
@@ -143,6 +149,9 @@ def adapt(
         Where to train; where the generator is if None.
     callback, checkpoint : optional
         Told (iterations done, in all, losses); where to save and resume.
+    guide : nn.Module, optional
+        Whose samples are widened by in place of the start's, where that one has to keep its
+        architecture, and cannot have the gate that this one has.
 
     Returns
     -------
@@ -157,7 +166,8 @@ def adapt(
     settings = settings or Adaptation()
     home = device_of(generator)
     start = copy_of(generator).to(device or home).eval().requires_grad_(False)
-    pool = generate(start, POOL, seed=seed, latent_dim=latent_dim)
+    guide = guide or start
+    pool = generate(guide, POOL, seed=seed, latent_dim=latent_dim)
     _check_samples(samples, pool)
     training = settings.training
     if iterations is not None:
@@ -178,10 +188,13 @@ def adapt(
             order = torch.randperm(len(few), generator=torch.Generator().manual_seed(seed))
             few = few[order[:MANY].to(few.device)]
         pool = pool.to(few.device)
-        anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
-        # an anchored start makes what a few samples lack
-        unchanged = 0.0 if anchor else max(0.0, 1 - SCARCE / len(few))
-        moves = settings.method == "transport" and not anchor
+        gated = isinstance(guide, Reweighted) and guide.gate is not None
+        anchor = settings.anchor
+        if anchor is None:
+            anchor = 0.0 if gated else choose_anchor(pool, few)
+        # an anchored or gated start makes what a few samples lack
+        unchanged = 0.0 if anchor or gated else max(0.0, 1 - SCARCE / len(few))
+        moves = settings.method == "transport" and not anchor and not gated
         if moves:
             # a regression keeps what blurs or draws together, where a WGAN makes up for it
             bank = variation_bank(few, pool, towards=0.0, scale=0.6, unchanged=unchanged, seed=seed)
@@ -192,6 +205,8 @@ def adapt(
             distill(student, pairs, settings.transport, seed=seed, callback=first)
         else:
             bank = variation_bank(few, pool, unchanged=unchanged, seed=seed)
+            if gated:
+                bank = torch.cat([bank, pool])
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(

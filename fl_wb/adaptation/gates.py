@@ -66,11 +66,12 @@ def own_start(
     gate, and the weights are next to the code's shares, it is the generator.
     """
     weights = fit_weights(generator, code, samples, method=method, seed=seed, latent_dim=latent_dim)
-    moved = (weights - torch.tensor(code.shares, dtype=torch.float64)).abs().sum().item() / 2
-    own = reweighted(generator, code, weights, latent_dim=latent_dim)
+    shares = torch.tensor(code.shares, dtype=torch.float64)
+    near = (weights - shares).abs().sum().item() / 2 <= NEAR
+    own = reweighted(generator, code, shares if near else weights, latent_dim=latent_dim)
     if method == "fitted":
         own.gate = fit_gate(own, samples, seed=seed, latent_dim=own.latent_dim)
-    return generator if own.gate is None and moved <= NEAR else own
+    return generator if own.gate is None and near else own
 
 
 def fit_gate(
