@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
 
@@ -48,6 +48,7 @@ def make_own(
     *,
     code: Code | None = None,
     weights: str = "fitted",
+    without: Collection[int] = (),
     plain: bool = False,
     critic: Callable[[], nn.Module] | None = None,
     adaptation: Adaptation | None = None,
@@ -59,10 +60,10 @@ def make_own(
 ) -> Made:
     """Adapt a generator to a node's few samples, and ternarize it if `ternarization` says how.
 
-    Where its code is known, it gets the node's own `weights` and gate first. `plain` keeps the
-    architecture that it has: the weights are folded into it (see `fl_wb.adaptation.folded`), and
-    the gate guides its adaptation. The other arguments are those of `fl_wb.adaptation.adapt` and
-    `fl_wb.ternary.ternarize`.
+    Where its code is known, it gets the node's own `weights` and gate first, `without` some cells.
+    `plain` keeps the architecture that it has: the weights are folded into it (see
+    `fl_wb.adaptation.folded`), and the gate guides its adaptation. The other arguments are those of
+    `fl_wb.adaptation.adapt` and `fl_wb.ternary.ternarize`.
 
     Raises
     ------
@@ -74,7 +75,9 @@ def make_own(
         list(ternary.ternarizable(start))
     began, guide = perf_counter(), None
     if code is not None:
-        start = own_start(start, code, few, method=weights, seed=seed, latent_dim=latent_dim)
+        start = own_start(
+            start, code, few, method=weights, without=without, seed=seed, latent_dim=latent_dim
+        )
         if plain and isinstance(start, Reweighted):
             guide, start = start, folded(start, seed=seed)
     weighed = perf_counter()
@@ -130,8 +133,8 @@ def received(
         ) from error
 
 
-def received_code(message: Message, context: Context) -> Code | None:
-    """Return the code of the generator that a message carries, if the server says it.
+def received_code(message: Message, context: Context) -> tuple[Code | None, list[int]]:
+    """Return the code of the generator that a message carries, if said, and its forgotten cells.
 
     Raises
     ------
@@ -140,7 +143,7 @@ def received_code(message: Message, context: Context) -> Code | None:
     """
     record = message.content.config_records.get(keys.CODE)
     if record is None:
-        return None
+        return None, []
     shares = record.get(keys.SHARES)
     listed = shares if isinstance(shares, list) and len(shares) <= MOST_CELLS else []
     good = [share for share in listed if isinstance(share, float) and LEAST <= share <= 1]
@@ -149,7 +152,13 @@ def received_code(message: Message, context: Context) -> Code | None:
             f"the message to node {context.node_id} has shares {str(shares)[:80]}: 1 to "
             f"{MOST_CELLS} numbers from {LEAST} to 1 are a code"
         )
-    return Code(good)
+    forgotten = record.get(keys.FORGOTTEN, [])
+    if not isinstance(forgotten, list) or not {*forgotten} < {*range(len(good))}:
+        raise ValueError(
+            f"the message to node {context.node_id} has forgotten cells {str(forgotten)[:80]}: "
+            f"some of the {len(good)} may be, from 0, not all"
+        )
+    return Code(good), [int(cell) for cell in forgotten]
 
 
 def own_samples(
@@ -262,7 +271,8 @@ class FastAdaptation:
         start, head = received(
             message, context, self.generator, key=self.arrayrecord_key, prefixes=self._prefixes
         )
-        made = self._made(start, self.few(context, start), received_code(message, context), context)
+        code, without = received_code(message, context)
+        made = self._made(start, self.few(context, start), code, without, context)
         content = dict(message.content)
         whole = message.content.array_records[self.arrayrecord_key]
         own = {head + name: value for name, value in made.state_dict().items()}
@@ -282,10 +292,11 @@ class FastAdaptation:
         return own_samples(self.samples(context), context, start, self.latent_dim)
 
     def _made(
-        self, start: nn.Module, few: Tensor, code: Code | None, context: Context
+        self, start: nn.Module, few: Tensor, code: Code | None, without: list[int], context: Context
     ) -> nn.Module:
         """Return the generator for this node, from ``context.state`` if it is there."""
         shares = torch.tensor([] if code is None else code.shares, dtype=torch.float64)
+        shares[without] = 0
         key = digest({**start.state_dict(), "few": few, "shares": shares})
         state: RecordDict = context.state
         if _MADE in state and state.config_records[_FROM]["digest"] == key:
@@ -295,6 +306,7 @@ class FastAdaptation:
             few.to(self.device),
             code=code,
             weights=self.weights,
+            without=without,
             plain=True,
             critic=self.critic,
             adaptation=self.adaptation,

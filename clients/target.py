@@ -92,12 +92,13 @@ def target_evaluate(
     start, _ = received(message, context, generator)
     few = own_samples(few, context, start, latent_dim)
     snapshots = Snapshots((adaptation or Adaptation()).training.iterations, settings.snapshots)
-    sent, code = _critic(message, critic), received_code(message, context)
+    sent, (code, without) = _critic(message, critic), received_code(message, context)
     made = make_own(
         start.to(device),
         few.to(device),
         code=code,
         weights=weights,
+        without=without,
         critic=critic if sent is None else lambda: sent,
         adaptation=adaptation,
         ternarization=ternarization,

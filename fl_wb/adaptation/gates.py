@@ -9,6 +9,7 @@ generator's own. What a cluster needs is then said of the latents (`fl_wb.genera
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +40,10 @@ POWER, PRIOR = 4, 100
 """Of `fl_wb.adaptation.weights.shrunk`: of many small clusters, a fit loses more by samples that it
 has not seen, and very few samples say less."""
 
-WIDENED, WIDENED_LESS = 2000, 500
+WIDENED, WIDENED_LESS = 2000, 300
 """Widened samples that are counted, and in each of the fits that leave samples out."""
 
-NOTICED = 0.25
+NOTICED = 0.3
 """Less of the latents than this would only be moved by chance."""
 
 NEAR = 0.05
@@ -57,6 +58,7 @@ def own_start(
     samples: Tensor,
     *,
     method: str = "fitted",
+    without: Collection[int] = (),
     seed: int = 0,
     latent_dim: int | None = None,
 ) -> nn.Module:
@@ -65,9 +67,11 @@ def own_start(
     Fitted, it has a gate, too, where samples ask for it. It shares the generator; where there is no
     gate, and the weights are next to the code's shares, it is the generator.
     """
-    weights = fit_weights(generator, code, samples, method=method, seed=seed, latent_dim=latent_dim)
+    weights = fit_weights(
+        generator, code, samples, method=method, without=without, seed=seed, latent_dim=latent_dim
+    )
     shares = torch.tensor(code.shares, dtype=torch.float64)
-    near = (weights - shares).abs().sum().item() / 2 <= NEAR
+    near = not without and (weights - shares).abs().sum().item() / 2 <= NEAR
     own = reweighted(generator, code, shares if near else weights, latent_dim=latent_dim)
     if method == "fitted":
         own.gate = fit_gate(own, samples, seed=seed, latent_dim=own.latent_dim)
@@ -93,19 +97,20 @@ def fit_gate(
         return None
     dim, device = latent_dim_of(generator, latent_dim), device_of(generator)
     rng = torch.Generator().manual_seed(seed)
-    z = torch.randn(LATENTS, dim, generator=rng)
+    z = torch.randn(POOL, dim, generator=rng)
     few = samples.detach().to(device)
     with sampling(generator):
-        pool = torch.cat([generator(part.to(device)) for part in z[:POOL].split(1000)])
-        centres = _clusters(pool.flatten(1), rng)
-        cluster = torch.cat(
-            [_nearest(generator(part.to(device)), centres) for part in z.split(1000)]
-        )
+        pool = torch.cat([generator(part.to(device)) for part in z.split(1000)])
+    centres = _clusters(pool.flatten(1), rng)
+    cluster = _nearest(pool, centres)
     shares = _shares(cluster, len(centres))
 
     def widened(seen: Tensor) -> Tensor:
-        size = WIDENED if bool(seen.all()) else WIDENED_LESS
-        bank = variation_bank(few[seen], pool, size=size, seed=seed)
+        if bool(seen.all()):
+            bank = variation_bank(few, pool, size=WIDENED, seed=seed)
+        else:
+            some = pool[:COMPARED]
+            bank = variation_bank(few[seen], some, near=100, step=8, size=WIDENED_LESS, seed=seed)
         return _shares(_nearest(bank, centres), len(centres))
 
     between, away = _distances(pool, cluster, few, len(centres))
@@ -113,7 +118,10 @@ def fit_gate(
     if (weights - shares).abs().sum() / 2 <= NOTICED:
         return None
     ratio = torch.where(shares > 0, weights / shares, 0.0).clamp(max=math.exp(LOGS[1]))
-    return _learned(z.to(device), ratio[cluster].float().to(device), seed)
+    z = torch.randn(LATENTS, dim, generator=rng)
+    with sampling(generator):
+        parts = [_nearest(generator(part.to(device)), centres) for part in z.split(1000)]
+    return _learned(z.to(device), ratio[torch.cat(parts)].float().to(device), seed)
 
 
 def _clusters(rows: Tensor, rng: torch.Generator) -> Tensor:

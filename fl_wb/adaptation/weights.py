@@ -10,7 +10,7 @@ that the best w is the point of the measures' hull that is nearest to Y: a conve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ def fit_weights(
     samples: Tensor,
     *,
     method: str = "fitted",
+    without: Collection[int] = (),
     seed: int = 0,
     latent_dim: int | None = None,
 ) -> Tensor:
@@ -71,6 +72,8 @@ def fit_weights(
         left out ask for; one sample says nothing.
         ``radius``: the paper's inverse radii, w_k in proportion to 1 / W1(mu_k, samples), exactly.
         ``uniform``: all equal. ``shares``: the code's own.
+    without : collection of int
+        Cells that get a weight of 0 by every method: sources to forget.
     seed : int
         Of the cells' samples.
     latent_dim : int, optional
@@ -84,27 +87,34 @@ def fit_weights(
     Raises
     ------
     ValueError
-        If there is no such method, or there are no samples.
+        If there is no such method, there are no samples, or all cells are to be forgotten.
     """
     if method not in WEIGHTS:
         raise ValueError(f"method={method!r} is not one of {', '.join(WEIGHTS)}")
     if not len(samples):
         raise ValueError("there are no samples to fit weights to: one at least is needed")
-    shares = torch.tensor(code.shares, dtype=torch.float64)
+    kept = torch.tensor([k not in without for k in range(len(code))])
+    if not kept.any():
+        raise ValueError(f"all {len(code)} cells are to be forgotten: none is left to sample")
+    weights = torch.tensor(code.shares, dtype=torch.float64) * kept
+    weights = weights / weights.sum() if without else weights
     if method == "uniform":
-        return torch.full_like(shares, 1 / len(code))
-    if method == "shares" or len(code) == 1:
-        return shares
+        return kept.double() / kept.sum()
+    if method == "shares" or kept.sum() == 1:
+        return weights
     rng = torch.Generator().manual_seed(seed)
     if len(samples) > MANY:
         samples = samples[torch.randperm(len(samples), generator=rng)[:MANY].to(samples.device)]
-    cells = cell_samples(generator, code, rng, latent_dim)
+    cells = cell_samples(generator, code, rng, latent_dim)[kept]
     if method == "radius":
         few = samples.flatten(1)
         radii = torch.tensor([wasserstein1(cell, few) for cell in cells], dtype=torch.float64)
         inverse = 1 / radii.clamp(min=1e-12)
-        return inverse / inverse.sum()
-    return nearest_weights(cells, samples.detach().flatten(1).cpu().float(), shares)
+        weights[kept] = inverse / inverse.sum()
+    else:
+        few = samples.detach().flatten(1).cpu().float()
+        weights[kept] = nearest_weights(cells, few, weights[kept])
+    return weights
 
 
 def folded(generator: Reweighted, *, seed: int = 0) -> nn.Module:
