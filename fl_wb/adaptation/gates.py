@@ -19,7 +19,7 @@ from fl_wb.adaptation.weights import fit_weights, shrunk
 from fl_wb.generators.code import Code
 from fl_wb.generators.gate import LOGS, Gate
 from fl_wb.generators.reweighted import reweighted
-from fl_wb.generators.sampling import device_of, latent_dim_of, sampling
+from fl_wb.generators.sampling import device_of, latents_of, sampling
 
 CLUSTERS = 60
 """Fewer are less pure, more copy more."""
@@ -83,6 +83,8 @@ def fit_gate(
 ) -> Gate | None:
     """Return the gate by which a generator makes what a few samples ask for; None if it does.
 
+    Only of latents N(0, I), which a gate rolls and turns round.
+
     Parameters
     ----------
     generator : nn.Module
@@ -93,11 +95,11 @@ def fit_gate(
     latent_dim : int, optional
         For a generator without the attribute.
     """
-    if len(samples) == 1:
+    law, device = latents_of(generator, latent_dim), device_of(generator)
+    if len(samples) == 1 or not law.plain:
         return None
-    dim, device = latent_dim_of(generator, latent_dim), device_of(generator)
     rng = torch.Generator().manual_seed(seed)
-    z = torch.randn(POOL, dim, generator=rng)
+    z = law.draw(POOL, rng)
     few = samples.detach().to(device)
     with sampling(generator):
         pool = torch.cat([generator(part.to(device)) for part in z.split(1000)])
@@ -118,7 +120,7 @@ def fit_gate(
     if (weights - shares).abs().sum() / 2 <= NOTICED:
         return None
     ratio = torch.where(shares > 0, weights / shares, 0.0).clamp(max=math.exp(LOGS[1]))
-    z = torch.randn(LATENTS, dim, generator=rng)
+    z = law.draw(LATENTS, rng)
     with sampling(generator):
         parts = [_nearest(generator(part.to(device)), centres) for part in z.split(1000)]
     return _learned(z.to(device), ratio[torch.cat(parts)].float().to(device), seed)

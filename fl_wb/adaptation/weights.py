@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
 from fl_wb.generators.reweighted import Reweighted
-from fl_wb.generators.sampling import device_of, latent_dim_of, sampling
+from fl_wb.generators.sampling import device_of, latents_of, sampling
 from fl_wb.training.distillation import Distillation, distill, pairs_of
 from fl_wb.transport import wasserstein1
 
@@ -129,7 +129,7 @@ def folded(generator: Reweighted, *, seed: int = 0) -> nn.Module:
         return student
     teacher = copy_of(generator).eval()
     teacher.gate = None
-    distill(student, pairs_of(teacher, generator.latent_dim), FOLDING, seed=seed)
+    distill(student, pairs_of(teacher, generator.latents), FOLDING, seed=seed)
     return student
 
 
@@ -203,12 +203,12 @@ def cell_samples(
     generator: nn.Module, code: Code, rng: torch.Generator, latent_dim: int | None = None
 ) -> Tensor:
     """Return equally many samples (K, m, d) of each cell, on the CPU."""
-    dim, device, k = latent_dim_of(generator, latent_dim), device_of(generator), len(code)
+    law, device, k = latents_of(generator, latent_dim), device_of(generator), len(code)
     with sampling(generator):
-        size = generator(torch.zeros(2, dim, device=device))[0].numel()
+        size = generator(law.some(2).to(device))[0].numel()
         m = max(min(CELL, CELLS // k, BYTES // (4 * size * k)), 2)
         cell = torch.arange(k).repeat_interleave(m)
-        z = code.embed(cell, torch.randn(len(cell), dim, generator=rng))
+        z = code.embed(cell, law.draw(len(cell), rng), latents=law)
         parts = [generator(part.to(device)).flatten(1).cpu() for part in z.split(1000)]
     return torch.cat(parts).float().view(k, m, -1)
 

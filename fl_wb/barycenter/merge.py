@@ -8,8 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
-from statistics import median
 from time import perf_counter
 
 import torch
@@ -20,13 +18,12 @@ from fl_wb.barycenter.teachers import (
     Measure,
     Pool,
     displacement_pool,
-    latents,
     mixture_pool,
     pool_size,
     samples_of,
 )
-from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
+from fl_wb.generators.latents import Latents
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import fingerprint
 from fl_wb.training.distillation import distill
@@ -38,7 +35,7 @@ log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
 CRITICS_POOL = 8192
 """Samples of each measure that a stage's critics see, at most: drawn once, as from a data set."""
 
-TIMED = 6
+TIMED = 20
 """Iterations that are done on copies first, so that it can be said how long a stage will take."""
 
 
@@ -52,8 +49,8 @@ class Merge:
         How a stage merges.
     critic
         Makes a fresh critic.
-    dim
-        Dimension of the latents.
+    latents
+        What the generators, each of one tensor, are called with.
     seed
         Of all randomness.
     store
@@ -64,10 +61,15 @@ class Merge:
 
     settings: Stage
     critic: Callable[[], nn.Module]
-    dim: int
+    latents: Latents
     seed: int
     store: StageStore
     device: torch.device
+
+    def __post_init__(self) -> None:
+        """Refuse settings that a conditional generator cannot be merged with."""
+        if self.latents.labels:
+            check_conditional(self.settings)
 
     def run(
         self,
@@ -98,7 +100,7 @@ class Merge:
 
     def seconds(self, measures: Sequence[Measure], initial: nn.Module | None = None) -> float:
         """Return how long a stage of these measures will train: some iterations of it say."""
-        settings, ends = self.settings, ([perf_counter()], [perf_counter()])
+        settings, ends = self.settings, (list[float](), list[float]())
         few = replace(
             settings,
             distillation=replace(settings.distillation, iterations=TIMED),
@@ -113,7 +115,7 @@ class Merge:
         student = self._student(measures, initial)
         once = replace(self, settings=few, store=StageStore())
         once._trained(measures[:2], student, self._critics(), f"{0:015}", told)
-        step, distilled = (median([b - a for a, b in pairwise(end[1:])] or [0.0]) for end in ends)
+        step, distilled = ((end[-1] - end[0]) / (len(end) - 1) if end[1:] else 0.0 for end in ends)
         training = settings.training
         warmup = training.warmup / training.critic_steps if training.iterations else 0
         return distilled * (settings.iterations - training.iterations) + step * (
@@ -189,13 +191,13 @@ class Merge:
                 critics,
                 reals,
                 settings.training,
-                latent_dim=self.dim,
+                latent_dim=self.latents.dim,
                 seed=seed,
                 regularizer=_near(pool, settings.fidelity),
                 callback=callback,
                 checkpoint=training,
             ).generator
-        settle(student, self.dim, seed=seed)
+        settle(student, self.latents, seed=seed)
         start.clear()
         training.clear()
         return student.eval()
@@ -205,6 +207,7 @@ class Merge:
             lambda: self.placed(measure.generator()).requires_grad_(False),
             measure.weight,
             measure.digest,
+            measure.labels,
         )
 
     def _pool(self, measures: Sequence[Measure], rng: torch.Generator) -> Pool:
@@ -213,17 +216,16 @@ class Merge:
         if settings.start == "previous":  # then a critic's samples are all that is needed
             wanted = max(settings.training.reals, 1)
         if settings.geodesic != "displacement":
-            code = Code([measure.weight for measure in measures])
-            return mixture_pool(measures, code, self.dim, wanted, rng)
+            return mixture_pool(measures, self.latents, wanted, rng)
         t = measures[1].weight / (measures[0].weight + measures[1].weight)
         batch = settings.distillation.batch_size
-        return displacement_pool(measures, t, self.dim, wanted, batch, rng)
+        return displacement_pool(measures, t, self.latents, wanted, batch, rng)
 
     def _samples(self, measure: Measure, rng: torch.Generator) -> Sampler:
         generator = measure.generator()
         wanted = min(self.settings.training.reals, CRITICS_POOL)
-        size = pool_size(generator, self.dim, wanted, self.device)
-        return resample(samples_of(measure, generator, latents(size, self.dim, rng)))
+        size = pool_size(generator, self.latents.width, wanted, self.device)
+        return resample(samples_of(measure, generator, self.latents.draw(size, rng)))
 
     def _critics(self) -> list[nn.Module]:
         # Fresh in every stage, from the seed alone: the caller's random state neither decides
@@ -238,13 +240,13 @@ class Merge:
         self, measures: Sequence[Measure], student: nn.Module, critics: list[nn.Module]
     ) -> str:
         """Name all that a stage depends on, what the network's code does included."""
-        z = torch.linspace(-2, 2, 4 * self.dim).reshape(4, self.dim).to(self.device)
+        z = self.latents.some().to(self.device)
         with torch.no_grad():
             does = student(z).cpu()
         total = math.fsum(measure.weight for measure in measures)
         went_in = {
             "version": VERSION,
-            "measures": [[measure.digest, measure.weight / total] for measure in measures],
+            "measures": [[m.digest, m.weight / total, *m.labels] for m in measures],
             "start": fingerprint(student, z),
             "critics": [fingerprint(copy_of(critic).cpu().eval(), does) for critic in critics],
             "settings": {k: v for k, v in asdict(self.settings).items() if k != "budget"},
@@ -252,6 +254,15 @@ class Merge:
             "device": self.device.type,
         }
         return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()
+
+
+def check_conditional(settings: Stage) -> None:
+    """Raise ValueError for a stage that would lose the labels: only a distillation knows them."""
+    if (settings.geodesic, settings.start) != ("mixture", "distilled"):
+        raise ValueError(
+            "conditional generators merge with geodesic='mixture' and start='distilled' alone, "
+            f"not {settings.geodesic!r} and {settings.start!r}"
+        )
 
 
 def _near(pool: Pool, weight: float) -> Regularizer | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from logging import INFO, WARNING
 from time import perf_counter
@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from torch import nn
 
-from fl_wb.barycenter import Measure, UselessMeasure, shares_learned
+from fl_wb.barycenter import Measure, UselessMeasure
 from fl_wb.federation.memory import Memory
 from fl_wb.federation.merger import Merger
 from fl_wb.federation.model import Model, State, average
@@ -91,10 +91,14 @@ class Coalescence:
         server_round: int,
         arrived: dict[int, tuple[float, str, State]],
         connected: Collection[int],
+        labels: Mapping[int, tuple[float, ...]] | None = None,
     ) -> None:
-        """Keep what was read in a round, by node id, but for what is screened out."""
+        """Keep what was read in a round, by node id, but for what is screened out.
+
+        Beside it, how often nodes have each label, if they say it.
+        """
         known, changed = self.uploads.made_of, self.uploads.changed
-        self.uploads.put(server_round, arrived, connected)
+        self.uploads.put(server_round, arrived, connected, labels)
         self._screen()
         if self.uploads.made_of == known:  # what came was screened out, or what was there
             self.uploads.changed = changed
@@ -136,7 +140,7 @@ class Coalescence:
         if merged is None:
             return None
         self._merged, self.uploads.changed = merged, False
-        self.shares = shares_learned(self._weighed, self._merger.stage, self._merger.fan_in)
+        self.shares = self._merger.shares(self._weighed)
         self.forgotten, self._afresh = [], False
         return self._whole(merged)
 
@@ -174,7 +178,7 @@ class Coalescence:
         while uploads:
             weights = self._weights(uploads)
             measures = [
-                Measure(partial(self._network, upload), weight, upload.digest)
+                Measure(partial(self._network, upload), weight, upload.digest, upload.labels)
                 for upload, weight in zip(uploads, weights, strict=True)
             ]
             try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fl_wb.generators.code import Code, code_of
 from fl_wb.generators.gate import Gate
-from fl_wb.generators.sampling import latent_dim_of
+from fl_wb.generators.sampling import latents_of
 
 
 class Reweighted(nn.Module):
@@ -33,7 +33,8 @@ class Reweighted(nn.Module):
         gate: Gate | None = None,
     ) -> None:
         super().__init__()
-        self.latent_dim = latent_dim_of(generator, latent_dim)
+        self.latents = latents_of(generator, latent_dim)
+        self.latent_dim = self.latents.dim
         self.generator = generator
         self.register_buffer("shares", torch.tensor(shares, dtype=torch.float64))
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
@@ -44,7 +45,7 @@ class Reweighted(nn.Module):
         code = code_of(tuple(self.shares.tolist()))
         if self.gate is not None:
             z = self.gate.choose(z)
-        samples: Tensor = self.generator(code.recode(z, self.weights.tolist()))
+        samples: Tensor = self.generator(code.recode(z, self.weights.tolist(), self.latents))
         return samples
 
 
@@ -86,7 +87,7 @@ def reweighted(
         raise ValueError(
             f"{len(code)} weights >= 0 are needed, not all of them 0, and not {values[:20]}"
         )
-    dim = latent_dim_of(generator, latent_dim)
+    dim = latents_of(generator, latent_dim).dim
     if gate is not None and gate.latent_dim != dim:
         raise ValueError(f"a gate of {gate.latent_dim} latent coordinates for a generator of {dim}")
     return Reweighted(generator, code.shares, values, dim, gate)

@@ -16,6 +16,7 @@ WEIGHT = "num-examples"
 PARTITION = "partition"
 TERNARY = "ternary"
 SHARES = "shares"
+LABELS = "label-counts"  # how often a node has each label: a list in the metrics of a train reply
 FORGOTTEN = "forgotten"  # cells that nobody is to sample any more, by their places
 FORGET = "forget"  # beside ROLE: whether what a node sent is to be forgotten
 ROLE = "role"
