@@ -249,8 +249,8 @@ def adapt(
     adapted = trained.generator
     if judged:
         made = generate(adapted, COMPARED, seed=seed, latent_dim=latent_dim)
-        before = generate(start, COMPARED, seed=seed, latent_dim=latent_dim)
-        if worse(made, before, unseen):
+        was = generate(start, COMPARED, seed=seed, latent_dim=latent_dim)
+        if worse(made, was, unseen):
             adapted = start.requires_grad_(True)
     if isinstance(adapted, LabelledGenerator):
         adapted = adapted.generator
