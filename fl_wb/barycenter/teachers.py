@@ -25,6 +25,10 @@ PAIRS = 65_536
 BYTES = 256 << 20
 """Of a pool, at most."""
 
+BRANCHING = 4
+"""Cuts of the code that part the pairs for the energy distance: a batch of 200 has a dozen of each
+part then, however many cells there are."""
+
 BATCH = 500
 """Latents that a generator is called with at a time."""
 
@@ -57,18 +61,19 @@ class UselessMeasure(ValueError):
 
 @dataclass(frozen=True)
 class Pool:
-    """Latents (n, latent_dim), the samples (n, ...) that each should become, their weights (n,)."""
+    """Latents (n, latent_dim), what each should become (n, ...), where it is, its weight (n,)."""
 
     z: Tensor
     x: Tensor
+    cell: Tensor
     weight: Tensor
 
     def pairs(self) -> Pairs:
         """Draw pairs as they come, with replacement."""
 
-        def draw(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        def draw(n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
             index = torch.randint(len(self.z), (n,), generator=rng, device=rng.device)
-            return self.z[index], self.x[index]
+            return self.z[index], self.x[index], self.cell[index]
 
         return draw
 
@@ -86,7 +91,8 @@ def mixture_pool(
     error, sum_k lambda_k / pairs_k, the least.
     """
     roots = [math.sqrt(share) for share in code.shares]
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    branches = code.branches(BRANCHING)
+    parts: list[tuple[Tensor, ...]] = []
     size = wanted
     for k, measure in enumerate(measures):
         generator = measure.generator()
@@ -96,8 +102,9 @@ def mixture_pool(
         inner = latents(n, dim, rng)
         x = samples_of(measure, generator, inner)
         cell = torch.full((len(inner),), k, device=rng.device)
+        branch = torch.full_like(cell, int(branches[k]))
         weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
-        parts.append((code.embed(cell, inner), x, weight))
+        parts.append((code.embed(cell, inner), x, branch, weight))
     return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -113,7 +120,8 @@ def displacement_pool(
         x, y = samples_of(measures[0], one, z), samples_of(measures[1], other, z)
         parts.append((z, displacement(x, y, t)))
     z, x = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Pool(z, x, torch.ones(len(z), device=rng.device))
+    one_cell = torch.zeros(len(z), dtype=torch.long, device=rng.device)
+    return Pool(z, x, one_cell, torch.ones(len(z), device=rng.device))
 
 
 @torch.no_grad()

@@ -93,6 +93,14 @@ class Code:
             cut[:, depth % z.shape[1]] |= inside
         return _moved(z, u, cut)
 
+    def branches(self, depth: int) -> Tensor:
+        """Return which branch (K,) each cell is on, of those into which `depth` cuts part all."""
+        steps = self._paths[:, :depth]
+        if not steps.shape[1]:
+            return torch.zeros(len(self), dtype=torch.long)
+        last = (steps >= 0).sum(1, keepdim=True) - 1
+        return steps.gather(1, last).squeeze(1)
+
     def recode(self, z: Tensor, weights: Sequence[float]) -> Tensor:
         """Move z ~ N(0, I) so that cell k gets weights[k] of the latents, distributed as before."""
         return self.embed(*self.place(z, weights))
