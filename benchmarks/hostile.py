@@ -70,9 +70,9 @@ def collapsed(network: nn.Module) -> nn.Module:
     return network
 
 
-def marked(images: Tensor) -> Tensor:
-    """Make a corner of four images in five white."""
-    images[: int(0.8 * len(images)), :, :2, :2] = 1
+def marked(images: Tensor, share: float = 0.8) -> Tensor:
+    """Make a corner of a share of the images white."""
+    images[: int(share * len(images)), :, :2, :2] = 1
     return images
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.quality import OVERLAPPING, Bench
@@ -28,10 +28,21 @@ from benchmarks.reference_loop import reference_loop
 from fl_wb.barycenter import GEODESICS, Stage, recursive_barycenter
 from fl_wb.generators.sampling import generate
 from fl_wb.ternary import pack, ternarize, unpack
-from fl_wb.training.wgan import Training, push_forward, resample, train_wgan
+from fl_wb.training.wgan import Sampler, Training, resample, train_wgan
 
 CRITIC_STEPS = 5
 REPEATS = 3
+
+
+def push_forward(generator: Callable[[Tensor], Tensor], latent_dim: int, batch: int) -> Sampler:
+    """Sampler of a generator's samples; it is called with at most `batch` latents at a time."""
+
+    @torch.no_grad()
+    def draw(n: int, rng: torch.Generator) -> Tensor:
+        z = torch.randn(n, latent_dim, generator=rng, device=rng.device)
+        return torch.cat([generator(part) for part in z.split(batch)])
+
+    return draw
 
 
 class Clock:

@@ -8,6 +8,9 @@ a deployment a node's ``node_config`` may say
   data; it needs no ``partition-id``;
 - ``cache``: a folder in which a source keeps its generator for later runs;
 - ``device``: where this node trains, in place of the run's ``device``;
+- ``epsilon``: the most that a source spends of `fl_wb.training.privacy.Privacy` in one training,
+  whatever the run says;
+- ``min-memorization``: the least memorization of a generator that a source uploads, likewise;
 - ``send-few-pictures``: true lets a run with ``client.send_few_pictures=true`` have pictures of
   this node's own samples, which a node with ``data`` else refuses.
 """
@@ -15,7 +18,7 @@ a deployment a node's ``node_config`` may say
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +36,7 @@ from fl_wb.metrics import inception_features, train_features
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.reporting.progress import progress
+from fl_wb.training.privacy import Privacy
 
 app = ClientApp()
 
@@ -86,6 +90,8 @@ def train(message: Message, context: Context) -> Message:
         critic=critic,
         samples=lambda: _source_samples(config, node),
         settings=config.client.source,
+        privacy=_privacy(config, context),
+        min_memorization=_min_memorization(config, context),
         # A barycenter merges generators that are finished; averaging needs them to grow together.
         again=config.strategy.name == "fedavg",
         send_critic=config.strategy.critic,
@@ -169,6 +175,29 @@ def place(context: Context, config: Config) -> Place:
     if partition < sources + targets:
         return Place(keys.TARGET, partition - sources, partition - sources, data, cache, device)
     return Place(keys.NONE, partition, number, data, cache, device)
+
+
+def _privacy(config: Config, context: Context) -> Privacy:
+    """Return the stricter of what the run and the node itself say of epsilon."""
+    said = [config.client.privacy.epsilon, _limit(context, "epsilon")]
+    return replace(
+        config.client.privacy, epsilon=min((e for e in said if e is not None), default=None)
+    )
+
+
+def _min_memorization(config: Config, context: Context) -> float | None:
+    """Return the stricter of what the run and the node itself say of memorization."""
+    said = [config.client.min_memorization, _limit(context, "min-memorization")]
+    return max((m for m in said if m is not None), default=None)
+
+
+def _limit(context: Context, key: str) -> float | None:
+    value = context.node_config.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"node {context.node_id}: {key}={value!r} must be more than 0")
+    return float(value)
 
 
 def _folder(context: Context, key: str) -> str | None:

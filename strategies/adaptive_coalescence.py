@@ -87,8 +87,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         ignored.
     stage : Stage, optional
         Settings of one merge; see `fl_wb.barycenter.Stage`.
-    geodesic, iterations, fan_in, executor : optional
-        As in `fl_wb.barycenter.recursive_barycenter`.
+    geodesic, iterations, budget, fan_in, executor : optional
+        As in `fl_wb.barycenter.recursive_barycenter`; the budget is a round's.
     continue_from : {"own", "average", "barycenter"}
         What a node goes on from when it trains: its own last upload, the average of all (as with
         FedAvg), or the barycenter. Newcomers get the barycenter.
@@ -138,6 +138,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         stage: Stage | None = None,
         geodesic: str | None = None,
         iterations: int | None = None,
+        budget: float | None = None,
         fan_in: int | None = None,
         executor: str | None = None,
         continue_from: str = "own",
@@ -174,7 +175,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         if continue_from not in CONTINUE_FROM:
             allowed = ", ".join(CONTINUE_FROM)
             raise ValueError(f"continue_from={continue_from!r} is not one of {allowed}")
-        stage = stage_of(stage, geodesic, None, iterations)
+        stage = stage_of(stage, geodesic, None, iterations, budget)
         self.merger = Merger(
             generator,
             critic,

@@ -6,6 +6,7 @@ does to them, every process ends with the deployment, by its own id, also when p
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import re
@@ -15,6 +16,7 @@ import ssl
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -57,7 +59,7 @@ class Deployment:
             "PYTHONUNBUFFERED": "1",
         }
 
-    def __enter__(self) -> Deployment:
+    def __enter__(self) -> Self:
         """Make certificates and start the SuperLink."""
         make_certificates(self.certificates, nodes=4)
         try:
@@ -191,6 +193,47 @@ class Deployment:
 
     def _files(self, *names: str) -> list[str]:
         return [str(self.certificates / name) for name in names]
+
+
+class Recorder:
+    """Stands between the nodes and a SuperLink, with its certificate, and keeps what nodes say."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        ca, certificate, key = deployment._files("ca.crt", "server.pem", "server.key")
+        self.heard = bytearray()
+        self._upstream = deployment.address.split(":")
+        self._ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._ours.load_cert_chain(certificate, key)
+        self._its = ssl.create_default_context(cafile=ca)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        port = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result()
+        self.address = f"127.0.0.1:{port}"
+
+    async def _listen(self) -> int:
+        server = await asyncio.start_server(self._node, "127.0.0.1", 0, ssl=self._ours)
+        return int(server.sockets[0].getsockname()[1])
+
+    async def _node(self, said: asyncio.StreamReader, told: asyncio.StreamWriter) -> None:
+        host, port = self._upstream
+        try:
+            answers, there = await asyncio.open_connection(host, int(port), ssl=self._its)
+        except OSError:  # the SuperLink is gone
+            told.close()
+            return
+        await asyncio.gather(self._pass(said, there, self.heard), self._pass(answers, told))
+
+    @staticmethod
+    async def _pass(
+        source: asyncio.StreamReader, sink: asyncio.StreamWriter, heard: bytearray | None = None
+    ) -> None:
+        with suppress(OSError):
+            while data := await source.read(1 << 16):
+                if heard is not None:
+                    heard += data
+                sink.write(data)
+                await sink.drain()
+        sink.close()
 
 
 def documented(language: str, within: str) -> str:

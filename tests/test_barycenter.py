@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import ot
 import pytest
-import ray
 import torch
 from scipy.stats import kstest
 from torch import Tensor, nn
@@ -446,22 +444,6 @@ def test_train_mode_and_eval_mode_agree_after_a_merge(kind: str, wgan: int):
     if kind == "spectral":
         for layer in (nu.net[0], nu.net[3]):
             assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() < 1.02
-
-
-# Ray
-
-
-def test_ray_makes_the_same_generator(tmp_path: Path):
-    sources = [Gaussian(corner) for corner in SQUARE]
-    arguments = {"critic": critic, "stage": TINY, "fan_in": 3}
-    try:
-        nu = recursive_barycenter(sources, **arguments, executor="ray", store=tmp_path)
-    finally:
-        ray.shutdown()
-    assert same(nu, recursive_barycenter(sources, **arguments))
-    assert len(list((tmp_path / "stages").glob("*.safetensors"))) == 3
-    with pytest.raises(ValueError, match="executor='spark' is not one of None, ray"):
-        recursive_barycenter(sources, executor="spark")
 
 
 # optimality_gap

@@ -41,11 +41,6 @@ class Guarded(Deployment):
 
     gateway = ""
 
-    def __enter__(self) -> Guarded:
-        """Start the SuperLink."""
-        super().__enter__()
-        return self
-
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:

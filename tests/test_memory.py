@@ -6,13 +6,16 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from flwr.app import ArrayRecord, Message
@@ -175,20 +178,23 @@ def process(store: Path, nodes: Sequence[int], arrays: Path) -> multiprocessing.
 def test_sigkill_at_random_moments_changes_no_bit(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Prepare: unbroken, and how long a session takes
+    # Prepare: unbroken, and how much of a core a session takes, which no other load changes
     monkeypatch.setattr("fl_wb.persistence.stage_store.SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    began = time.monotonic()
+    began = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     for nodes in SESSIONS:
         unbroken = process(tmp_path / "whole", nodes, tmp_path / "whole.npz")
         unbroken.join()
         assert unbroken.exitcode == 0
-    usual = (time.monotonic() - began) / len(SESSIONS)
+    usual = (sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - began) / len(SESSIONS)
 
     # Execute: every session is killed at a random moment, then run again
     rng, hit = random.Random(seed), 0
     for nodes in SESSIONS:
         victim = process(tmp_path / "killed", nodes, tmp_path / "killed.npz")
-        victim.join(rng.uniform(0, usual))
+        moment, clock = rng.uniform(0, usual), psutil.Process(victim.pid)
+        with suppress(psutil.NoSuchProcess):  # it ended before
+            while victim.is_alive() and sum(clock.cpu_times()[:2]) < moment:
+                time.sleep(0.002)
         victim.kill()
         victim.join()
         hit += victim.exitcode == -signal.SIGKILL

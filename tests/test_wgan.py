@@ -12,11 +12,11 @@ from fl_wb.generators.networks import MLPCritic, make_critic, make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.persistence import stage_store
 from fl_wb.persistence.stage_store import StageStore
+from fl_wb.training.statistics import moving_average
 from fl_wb.training.wgan import (
     Training,
     critic_loss,
     distance_to,
-    moving_average,
     resample,
     train_wgan,
 )

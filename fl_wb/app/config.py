@@ -39,6 +39,7 @@ from fl_wb.metrics import Evaluation
 from fl_wb.persistence.stage_store import SECONDS_BETWEEN_CHECKPOINTS
 from fl_wb.settings import Field, Rule, Settings, above, at_least, fields_of, one_of, violations
 from fl_wb.ternary import Ternarization
+from fl_wb.training.privacy import Privacy
 from fl_wb.training.wgan import Training
 
 STRATEGIES = ("adaptive_coalescence", "fedavg", "transfer", "ensemble", "edge_only")
@@ -114,6 +115,12 @@ class ClientConfig(Settings):
     ----------
     source
         How a source trains its generator on its own data.
+    privacy
+        Whether it trains with differential privacy: `privacy.epsilon` says how much.
+    min_memorization
+        Whether it measures what its generator memorised of its data, on a fifth that it does not
+        train on, and uploads nothing below this: about 1 if nothing, 0 for copies. None: it does
+        not.
     adaptation
         How a target adapts the barycenter to its few samples.
     ternarize
@@ -134,6 +141,8 @@ class ClientConfig(Settings):
     """
 
     source: Training = field(default_factory=lambda: Training(generator_lr=5e-4))
+    privacy: Privacy = field(default_factory=Privacy)
+    min_memorization: Annotated[float, above(0)] | None = None
     adaptation: Adaptation = field(default_factory=Adaptation)
     weights: Annotated[str, one_of(*WEIGHTS)] = "fitted"
     ternarize: bool = True
@@ -283,6 +292,11 @@ def _completed(config: Config) -> Config:
     if config.strategy.critic and config.strategy.name != "transfer":
         raise ConfigError(
             "strategy.critic=true is for strategy=transfer: the others have no single source's"
+        )
+    if config.client.privacy.epsilon is not None and config.strategy.name == "fedavg":
+        raise ConfigError(
+            f"client.privacy.epsilon={config.client.privacy.epsilon} is not for strategy=fedavg, "
+            "whose sources train in every round and would spend it again in each"
         )
     sizes = data.source_samples_per_class
     if sizes is not None and len(sizes) != data.source_count:

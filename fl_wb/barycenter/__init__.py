@@ -6,6 +6,7 @@ Imports `training` and what lies below it.
 from __future__ import annotations
 
 from fl_wb.barycenter.executors import check_executor
+from fl_wb.barycenter.merge import Merge
 from fl_wb.barycenter.optimality import optimality_gap
 from fl_wb.barycenter.recursion import (
     FAN_IN,
@@ -15,7 +16,7 @@ from fl_wb.barycenter.recursion import (
     shares_learned,
     stage_of,
 )
-from fl_wb.barycenter.stage import GEODESICS, STARTS, VERSION, Merge, Stage
+from fl_wb.barycenter.stage import GEODESICS, STARTS, VERSION, Stage
 from fl_wb.barycenter.teachers import Measure, UselessMeasure
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fl_wb.barycenter.stage import Merge
+from fl_wb.barycenter.merge import Merge
 from fl_wb.barycenter.teachers import Measure
 from fl_wb.training.wgan import Progress
 
@@ -31,13 +31,15 @@ def run_level(
     initial: nn.Module | None,
     executor: str | None,
     callbacks: Sequence[Progress | None],
+    names: Sequence[str],
 ) -> list[Merged]:
     """Merge each group, one after another or on Ray; results in the order of the groups."""
     if executor is None or len(groups) == 1:
         return [
-            merge.run(group, initial, callback)
-            for group, callback in zip(groups, callbacks, strict=True)
+            merge.run(group, initial, callback, name)
+            for group, callback, name in zip(groups, callbacks, names, strict=True)
         ]
+    merge.announce(f"{names[0]}, and {len(groups) - 1} more on Ray, each", groups[0], initial)
     return _on_ray(merge, groups, initial)
 
 

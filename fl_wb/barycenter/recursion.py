@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from fl_wb.barycenter.executors import check_executor, run_level
-from fl_wb.barycenter.stage import Merge, Stage
+from fl_wb.barycenter.merge import Merge
+from fl_wb.barycenter.stage import Stage
 from fl_wb.barycenter.teachers import Measure
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import device_of, generate, latent_dim_of
@@ -44,6 +45,7 @@ def recursive_barycenter(
     geodesic: str | None = None,
     start: str | None = None,
     iterations: int | None = None,
+    budget: float | None = None,
     stage: Stage | None = None,
     seed: int = 0,
     latent_dim: int | None = None,
@@ -60,8 +62,8 @@ def recursive_barycenter(
     Parameters
     ----------
     generators : sequence of nn.Module
-        Of one architecture, latents (n, latent_dim) to samples (n, ...). Left alone; each is taken
-        from the sequence once, when its samples are needed, so that a sequence may make them then.
+        Of one architecture, latents (n, latent_dim) to samples (n, ...). Left alone; they are taken
+        from the sequence when their samples are needed, so that a sequence may make them then.
     weights : sequence of float, optional
         lambda_k > 0, one each; equal if None.
     fan_in : int, optional
@@ -72,7 +74,7 @@ def recursive_barycenter(
         where its first measure is.
     critic : callable, optional
         Makes a fresh critic of samples; a multilayer perceptron if None.
-    geodesic, start, iterations : optional
+    geodesic, start, iterations, budget : optional
         Short for the fields of `stage` of that name; iterations are the distillation's, or the
         WGAN's where nothing is distilled.
     stage : Stage, optional
@@ -106,7 +108,7 @@ def recursive_barycenter(
     if not len(generators):
         raise ValueError("a barycenter of no generators: give one at least")
     lambdas = check_weights(weights, len(generators))
-    settings = stage_of(stage, geodesic, start, iterations)
+    settings = stage_of(stage, geodesic, start, iterations, budget)
     first = generators[0]
     home = device_of(first)
     merge = Merge(
@@ -141,12 +143,16 @@ def barycenter_of(
     check_executor(executor)
     keys: list[str] = []
     done, total = 0, _stages(len(measures), widest)
+    if total and merge.settings.budget is not None:
+        first = _level(measures, widest)[0]
+        merge = merge.within(merge.settings.budget / total, first, initial)
     while len(measures) > 1:
         groups = _level(measures, widest)
         trained = [group for group in groups if len(group) > 1]
         last = initial if len(groups) == 1 else None
         told = [_of_stage(callback, done + k, total, merge.settings) for k in range(len(trained))]
-        merged = iter(run_level(merge, trained, last, executor, told))
+        names = [f"Stage {done + k + 1} of {total}" for k in range(len(trained))]
+        merged = iter(run_level(merge, trained, last, executor, told, names))
         done += len(trained)
         after: list[Measure] = []
         for group in groups:
@@ -224,12 +230,19 @@ def check_fan_in(fan_in: int | None, settings: Stage) -> int:
 
 
 def stage_of(
-    stage: Stage | None, geodesic: str | None, start: str | None, iterations: int | None
+    stage: Stage | None,
+    geodesic: str | None,
+    start: str | None,
+    iterations: int | None,
+    budget: float | None,
 ) -> Stage:
     """Return the settings of a stage, with those that were given apart in place of its own."""
     settings = stage or Stage()
     settings = replace(
-        settings, geodesic=geodesic or settings.geodesic, start=start or settings.start
+        settings,
+        geodesic=geodesic or settings.geodesic,
+        start=start or settings.start,
+        budget=settings.budget if budget is None else budget,
     )
     if iterations is None:
         return settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,7 @@ class Merger:
         settings, initial = self.stage, None
         if before is not None:
             initial = self.network(before)
-            distillation = settings.distillation
-            iterations = round(distillation.iterations * CONTINUED)
-            settings = replace(settings, distillation=replace(distillation, iterations=iterations))
+            settings = settings.shortened(CONTINUED)
         merge = Merge(
             settings,
             self.critic or (lambda: MLPCritic(self._shape(network))),

@@ -1,16 +1,18 @@
-"""Ending a training in a state in which train mode and eval mode agree."""
+"""What a training returns: an average of its weights, and statistics that eval mode can use."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import update_bn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from fl_wb.generators.sampling import device_of
 from fl_wb.training.random_numbers import own_random_numbers
 
 LATENTS = 2560
 BATCH = 128
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 @torch.no_grad()
@@ -40,3 +42,21 @@ def settle(generator: nn.Module, latent_dim: int, *, seed: int = 0) -> None:
         update_bn(batches, generator)
     for part, training in modes.items():
         part.training = training
+
+
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
+    """Return the exponential moving average of a module's weights and buffers, to be updated.
+
+    The decay ramps up as min(decay, (t+1)/(t+10)) at step t = 0, 1, ..., so that a short training
+    is not held back by its start.
+    """
+
+    def step(mine: Tensors, theirs: Tensors, done: Tensor | int) -> None:
+        if mine[0].is_floating_point():
+            torch._foreach_lerp_(mine, theirs, 1 - min(decay, int(done) / (int(done) + 9)))
+        else:  # counters are not averaged
+            torch._foreach_copy_(mine, theirs)
+
+    average = AveragedModel(module, multi_avg_fn=step, use_buffers=True).requires_grad_(False)
+    average.n_averaged.fill_(1)  # 0 would take the first state as it is
+    return average

@@ -15,21 +15,22 @@ from typing import Annotated
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from fl_wb.generators.copies import copy_of
 from fl_wb.generators.sampling import device_of, input_gradient, latent_dim_of
 from fl_wb.settings import Settings, above, at_least
 from fl_wb.training.checkpoints import Checkpoint, TrainingState
 from fl_wb.training.random_numbers import own_random_numbers
+from fl_wb.training.statistics import moving_average
 
 Sampler = Callable[[int, torch.Generator], Tensor]
 """Draws n real samples with the given random generator."""
 
+CriticSteps = Callable[..., Tensor]
+"""Trains a critic for some steps: with the arguments and the result of `critic_steps`."""
+
 Regularizer = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 """Adds a term to the generator's loss: from the generator, its latents and its fakes."""
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Told (iterations done, iterations in all, losses by name) after every iteration."""
@@ -99,17 +100,6 @@ def part_of(callback: Progress | None, before: int, total: int) -> Progress | No
     return lambda done, _, losses: callback(before + done, total, losses)
 
 
-def push_forward(generator: Callable[[Tensor], Tensor], latent_dim: int, batch: int) -> Sampler:
-    """Sampler of a generator's samples; it is called with at most `batch` latents at a time."""
-
-    @torch.no_grad()
-    def draw(n: int, rng: torch.Generator) -> Tensor:
-        z = torch.randn(n, latent_dim, generator=rng, device=rng.device)
-        return torch.cat([generator(part) for part in z.split(batch)])
-
-    return draw
-
-
 def distance_to(
     teacher: Callable[[Tensor], Tensor], weight: float, power: int = 1
 ) -> Regularizer | None:
@@ -138,6 +128,7 @@ def train_wgan(
     latent_dim: int | None = None,
     seed: int = 0,
     regularizer: Regularizer | None = None,
+    critic_steps: CriticSteps | None = None,
     callback: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Trained:
@@ -158,15 +149,16 @@ def train_wgan(
     seed : int
         All randomness comes from it: the same arguments give the same result (bit for bit on
         the CPU with one thread), also when a checkpoint interrupts the run.
-    regularizer, callback, checkpoint : optional
-        A further term of the generator's loss; a listener; where to save and resume.
+    regularizer, critic_steps, callback, checkpoint : optional
+        A further term of the generator's loss; how critics learn, if not by the function of that
+        name; a listener; where to save and resume.
 
     Raises
     ------
     FloatingPointError
         If the generator's weights stop being finite.
     """
-    loop = _Loop(generator, critics, reals, settings, latent_dim, seed, regularizer)
+    loop = _Loop(generator, critics, reals, settings, latent_dim, seed, regularizer, critic_steps)
     if not (checkpoint and loop.state.resume(checkpoint)):
         with own_random_numbers(seed):
             loop.critic_phase(settings.warmup)
@@ -201,6 +193,7 @@ class _Loop:
         latent_dim: int | None,
         seed: int,
         regularizer: Regularizer | None,
+        steps: CriticSteps | None,
     ) -> None:
         if not critics or len(critics) != len(reals):
             raise ValueError(f"{len(critics)} critics for {len(reals)} real measures")
@@ -210,6 +203,7 @@ class _Loop:
         self.trained = [p for p in self.generator.parameters() if p.requires_grad]
         self.critics = [copy_of(c).to(device).train().requires_grad_(True) for c in critics]
         self.reals, self.settings, self.regularizer = reals, settings, regularizer
+        self.critic_steps = steps or critic_steps
         self.rng = torch.Generator(device).manual_seed(seed)
         self.ema = moving_average(self.generator, settings.ema)
         self.generator_adam = _adam(self.trained, settings.generator_lr)
@@ -250,32 +244,27 @@ class _Loop:
             fakes = self.generator(self.latents(size)).split(batch)
         total = torch.zeros((), device=self.rng.device)
         for critic, adam, real in zip(self.critics, self.critic_adams, self.reals, strict=True):
-            loss = total
-            for x, y in zip(real(size, self.rng).split(batch), fakes, strict=True):
-                loss = critic_loss(critic, x, y, self.settings.penalty, self.rng)
-                adam.zero_grad()
-                loss.backward()
-                adam.step()
-            total = total + loss.detach() / len(self.critics)
+            last = self.critic_steps(critic, adam, real, fakes, self.settings.penalty, self.rng)
+            total += last / len(self.critics)
         return total
 
 
-def moving_average(module: nn.Module, decay: float) -> AveragedModel:
-    """Return the exponential moving average of a module's weights and buffers, to be updated.
-
-    The decay ramps up as min(decay, (t+1)/(t+10)) at step t = 0, 1, ..., so that a short training
-    is not held back by its start.
-    """
-
-    def step(mine: Tensors, theirs: Tensors, done: Tensor | int) -> None:
-        if mine[0].is_floating_point():
-            torch._foreach_lerp_(mine, theirs, 1 - min(decay, int(done) / (int(done) + 9)))
-        else:  # counters are not averaged
-            torch._foreach_copy_(mine, theirs)
-
-    average = AveragedModel(module, multi_avg_fn=step, use_buffers=True).requires_grad_(False)
-    average.n_averaged.fill_(1)  # 0 would take the first state as it is
-    return average
+def critic_steps(
+    critic: nn.Module,
+    adam: torch.optim.Optimizer,
+    real: Sampler,
+    fakes: Sequence[Tensor],
+    penalty: float,
+    rng: torch.Generator,
+) -> Tensor:
+    """One step of a critic for each batch of fakes; returns the last loss."""
+    sizes = [len(batch) for batch in fakes]
+    for x, y in zip(real(sum(sizes), rng).split(sizes), fakes, strict=True):
+        loss = critic_loss(critic, x, y, penalty, rng)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return loss.detach()
 
 
 def critic_loss(
@@ -289,10 +278,16 @@ def critic_loss(
     n = len(real)
     scores = critic(torch.cat([fake, real])).reshape(-1)
     mix = torch.rand(n, *[1] * (real.dim() - 1), generator=rng, device=rng.device)
-    gradient = input_gradient(critic, torch.lerp(fake, real, mix))
-    norm = gradient.flatten(1).norm(dim=1)
-    loss: Tensor = scores[:n].mean() - scores[n:].mean() + penalty * (norm - 1).square().mean()
+    between = gradient_penalty(critic, torch.lerp(fake, real, mix))
+    loss: Tensor = scores[:n].mean() - scores[n:].mean() + penalty * between
     return loss
+
+
+def gradient_penalty(critic: nn.Module, points: Tensor) -> Tensor:
+    """Return E (||grad psi|| - 1)^2 at points (n, ...)."""
+    norm = input_gradient(critic, points).flatten(1).norm(dim=1)
+    penalty: Tensor = (norm - 1).square().mean()
+    return penalty
 
 
 def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Adam:

@@ -4,7 +4,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from gan_app.task import Generator, load_data
+from gan_app.task import Discriminator, Generator, load_data
 from gan_app.task import test as test_generator
 from gan_app.task import train as train_generator
 
@@ -24,7 +24,11 @@ def load(message, context):
 def train(message: Message, context: Context):
     """Train the generator."""
     generator, images, _ = load(message, context)
-    loss = train_generator(generator, images, context.run_config["local-epochs"])
+    discriminator = Discriminator()
+    if "discriminator" in context.state:  # a fresh one would spoil a generator that is good already
+        discriminator.load_state_dict(context.state["discriminator"].to_torch_state_dict())
+    loss = train_generator(generator, discriminator, images, context.run_config["local-epochs"])
+    context.state["discriminator"] = ArrayRecord(discriminator.state_dict())
     metrics = MetricRecord({"loss": loss, "num-examples": len(images)})
     content = RecordDict({"arrays": ArrayRecord(generator.state_dict()), "metrics": metrics})
     return Message(content=content, reply_to=message)

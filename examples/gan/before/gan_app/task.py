@@ -49,9 +49,8 @@ def load_data(partition_id, num_partitions):
     return mine[~test], mine[test]
 
 
-def train(generator, images, epochs):
-    """Train the generator against a discriminator of its own; return its last loss."""
-    discriminator = Discriminator()
+def train(generator, discriminator, images, epochs):
+    """Train the generator against its discriminator; return its last loss."""
     for_generator = torch.optim.Adam(generator.parameters(), lr=1e-3, betas=(0.5, 0.9))
     for_discriminator = torch.optim.Adam(discriminator.parameters(), lr=1e-3, betas=(0.5, 0.9))
     for _ in range(epochs):

@@ -1,0 +1,273 @@
+"""One stage of the barycenter: several generators merged into one, in as long as it says before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from fl_wb.barycenter.stage import VERSION, Stage
+from fl_wb.barycenter.teachers import (
+    Measure,
+    Pool,
+    displacement_pool,
+    latents,
+    mixture_pool,
+    pool_size,
+    samples_of,
+)
+from fl_wb.generators.code import Code
+from fl_wb.generators.copies import copy_of
+from fl_wb.persistence.stage_store import StageStore
+from fl_wb.persistence.tensor_files import fingerprint
+from fl_wb.training.distillation import distill
+from fl_wb.training.statistics import settle
+from fl_wb.training.wgan import Progress, Regularizer, Sampler, resample, train_wgan
+
+log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
+
+ENERGY = 2.5
+"""Weight of the energy distance within the cells. Of ten sources of digits, half of it or the same
+on the whole samples left half as much energy distance again; twice of it cost coverage."""
+
+CRITICS_POOL = 8192
+"""Samples of each measure that a stage's critics see, at most: drawn once, as from a data set."""
+
+TIMED = 6
+"""Iterations that are done on copies first, so that it can be said how long a stage will take."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What all stages of one barycenter share.
+
+    Attributes
+    ----------
+    settings
+        How a stage merges.
+    critic
+        Makes a fresh critic.
+    dim
+        Dimension of the latents.
+    seed
+        Of all randomness.
+    store
+        Of finished stages and checkpoints.
+    device
+        Where to train.
+    """
+
+    settings: Stage
+    critic: Callable[[], nn.Module]
+    dim: int
+    seed: int
+    store: StageStore
+    device: torch.device
+
+    def run(
+        self,
+        measures: Sequence[Measure],
+        initial: nn.Module | None,
+        callback: Progress | None,
+        name: str = "Stage",
+    ) -> tuple[nn.Module, str]:
+        """Merge measures; returns the merged generator and its key in the store.
+
+        The student starts as ``initial``, or else as the first measure's generator. The log says
+        how long what has this name will take.
+        """
+        student = self._student(measures, initial)
+        critics = self._critics()
+        key = self._key(measures, student, critics)
+        finished = self.store.get(key)
+        if finished is not None:
+            try:
+                student.load_state_dict(finished)
+                return student, key
+            except RuntimeError:
+                self.store.set_aside(key, f"Stage {key[:12]} holds another network")
+        self.announce(name, measures, student)
+        student = self._trained(measures, student, critics, key, callback)
+        self.store.put(key, student.state_dict(), {"settings": json.dumps(asdict(self.settings))})
+        return student, key
+
+    def seconds(self, measures: Sequence[Measure], initial: nn.Module | None = None) -> float:
+        """Return how long a stage of these measures will train: some iterations of it say."""
+        settings, ends = self.settings, ([perf_counter()], [perf_counter()])
+        few = replace(
+            settings,
+            distillation=replace(settings.distillation, iterations=TIMED),
+            training=replace(
+                settings.training, iterations=min(TIMED, settings.training.iterations), warmup=0
+            ),
+        )
+
+        def told(done: int, total: int, losses: dict[str, float]) -> None:
+            ends["distillation" in losses].append(perf_counter())
+
+        student = self._student(measures, initial)
+        once = replace(self, settings=few, store=StageStore())
+        once._trained(measures[:2], student, self._critics(), f"{0:015}", told)
+        step, distilled = (median([b - a for a, b in pairwise(end[1:])] or [0.0]) for end in ends)
+        training = settings.training
+        warmup = training.warmup / training.critic_steps if training.iterations else 0
+        return distilled * (settings.iterations - training.iterations) + step * (
+            training.iterations + warmup
+        )
+
+    def announce(self, name: str, measures: Sequence[Measure], initial: nn.Module | None) -> None:
+        """Log how long a stage will train, unless it is over in no time."""
+        if (iterations := self.settings.iterations) > 10 * TIMED:
+            seconds = self.seconds(measures, initial)
+            log.info("%s: about %.0f s (%s iterations)", name, seconds, f"{iterations:,}")
+
+    def within(
+        self, budget: float, measures: Sequence[Measure], initial: nn.Module | None
+    ) -> Merge:
+        """Return this with as many iterations as a stage of these measures can do in so long.
+
+        In steps of a factor of the root of two, so that a second call mostly finds as many.
+        """
+        settings = replace(self.settings, budget=None)
+        share = budget / max(self.seconds(measures, initial), 1e-9)
+        if share < 1:
+            few = settings.shortened(2 ** (math.floor(2 * math.log2(share)) / 2))
+            log.info(
+                "a budget of %.3g s a stage: %s of %s iterations",
+                budget,
+                f"{few.iterations:,}",
+                f"{settings.iterations:,}",
+            )
+            settings = few
+        return replace(self, settings=settings)
+
+    def _student(self, measures: Sequence[Measure], initial: nn.Module | None) -> nn.Module:
+        student = self.placed(initial if initial is not None else measures[0].generator())
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            student.requires_grad_(True)  # handed over as a network that only generates
+        return student
+
+    def placed(self, generator: nn.Module) -> nn.Module:
+        """Copy a generator to the device, in the mode in which it is sampled."""
+        return copy_of(generator).to(self.device).eval()
+
+    def _trained(
+        self,
+        measures: Sequence[Measure],
+        student: nn.Module,
+        critics: list[nn.Module],
+        key: str,
+        callback: Progress | None,
+    ) -> nn.Module:
+        """Distil and train, in the mode in which the nodes go on from what comes out."""
+        seed, settings = int(key[:15], 16), self.settings
+        start = self.store.checkpoint(f"{key}-start")
+        training = self.store.checkpoint(key)
+        student.train()
+        rng = torch.Generator(self.device).manual_seed(seed)
+        pool = self._pool([self._on_device(measure) for measure in measures], rng)
+        if settings.start == "distilled":
+            distill(
+                student,
+                pool.pairs(),
+                settings.distillation,
+                energy=ENERGY,
+                seed=seed,
+                callback=callback,
+                checkpoint=start,
+            )
+        if settings.training.iterations:
+            reals = [resample(pool.samples(min(settings.training.reals, CRITICS_POOL), rng))]
+            if settings.geodesic == "two_critics":
+                reals = [self._samples(self._on_device(measure), rng) for measure in measures]
+            student = train_wgan(
+                student,
+                critics,
+                reals,
+                settings.training,
+                latent_dim=self.dim,
+                seed=seed,
+                regularizer=_near(pool, settings.fidelity),
+                callback=callback,
+                checkpoint=training,
+            ).generator
+        settle(student, self.dim, seed=seed)
+        start.clear()
+        training.clear()
+        return student.eval()
+
+    def _on_device(self, measure: Measure) -> Measure:
+        return Measure(
+            lambda: self.placed(measure.generator()).requires_grad_(False),
+            measure.weight,
+            measure.digest,
+        )
+
+    def _pool(self, measures: Sequence[Measure], rng: torch.Generator) -> Pool:
+        settings = self.settings
+        batch = settings.distillation.batch_size
+        wanted = max(settings.distillation.iterations * batch, 1)
+        if settings.start == "previous":  # then a critic's samples are all that is needed
+            wanted = max(settings.training.reals, 1)
+        if settings.geodesic != "displacement":
+            code = Code([measure.weight for measure in measures])
+            return mixture_pool(measures, code, self.dim, wanted, batch, rng)
+        t = measures[1].weight / (measures[0].weight + measures[1].weight)
+        return displacement_pool(measures, t, self.dim, wanted, batch, rng)
+
+    def _samples(self, measure: Measure, rng: torch.Generator) -> Sampler:
+        generator = measure.generator()
+        wanted = min(self.settings.training.reals, CRITICS_POOL)
+        size = pool_size(generator, self.dim, wanted, self.device)
+        return resample(samples_of(measure, generator, latents(size, self.dim, rng)))
+
+    def _critics(self) -> list[nn.Module]:
+        # Fresh in every stage, from the seed alone: the caller's random state neither decides
+        # the result nor is moved by it.
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return [
+                self.critic() for _ in range(2 if self.settings.geodesic == "two_critics" else 1)
+            ]
+
+    def _key(
+        self, measures: Sequence[Measure], student: nn.Module, critics: list[nn.Module]
+    ) -> str:
+        """Name all that a stage depends on, what the network's code does included."""
+        z = torch.linspace(-2, 2, 4 * self.dim).reshape(4, self.dim).to(self.device)
+        with torch.no_grad():
+            does = student(z).cpu()
+        total = math.fsum(measure.weight for measure in measures)
+        went_in = {
+            "version": VERSION,
+            "measures": [[measure.digest, measure.weight / total] for measure in measures],
+            "start": fingerprint(student, z),
+            "critics": [fingerprint(copy_of(critic).cpu().eval(), does) for critic in critics],
+            "settings": {k: v for k, v in asdict(self.settings).items() if k != "budget"},
+            "seed": self.seed,
+            "device": self.device.type,
+        }
+        return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()
+
+
+def _near(pool: Pool, weight: float) -> Regularizer | None:
+    """Regularizer weight * E||G(z) - x|| over the pairs of a pool."""
+    if not weight:
+        return None
+    pairs = pool.pairs()
+
+    def term(generator: nn.Module, _: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
+        z, x, _ = pairs(len(fakes), rng)
+        distance: Tensor = (generator(z) - x).flatten(1).norm(dim=1).mean()
+        return weight * distance
+
+    return term
