@@ -6,10 +6,9 @@ Eight sources of real digits, of five classes each, and two targets, in one proc
 on. One source (or two, where the table says so) or one target attacks, everybody else is honest.
 Each attack is a run in a process of its own, against the run without one. The table gives what is
 missing of the honest nodes' results, the peak memory above the honest run, the energy distance of
-the barycenter to digits in units of the honest run's, and what the server says of the attacker:
-the last column of a row without a word is an attack that is not seen. The command fails where a
-run does not end well, loses results, or takes 500 MB more, and where an attack that is not seen
-makes the barycenter 1.5 times worse.
+the barycenter to digits in units of the honest run's, and the first warning that the honest run
+has not: an attack of which nothing is said is not seen. The command fails where a run does not end
+well, loses results, takes 500 MB more, or is 1.5 times worse by an attack that is seen.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ import json
 import logging
 import math
 import multiprocessing
-import re
 import resource
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from torch import Tensor, nn
 
 from benchmarks.hostile import SOURCES, collapsed, inverted, marked, noise
-from fl_wb.app.config import Config, compose
+from fl_wb.app.config import Config, compose, to_run_config
 from fl_wb.app.factories import factories, seeded
 from fl_wb.client_app import app
 from fl_wb.clients.source import train_source
@@ -239,8 +237,11 @@ def attacks(config: Config) -> dict[str, Attack]:
         "collapsed": Attack("train", uploads(collapsed)),
         "half the ink": Attack("train", trained(lambda x: (x + 1) / 2 - 1)),
         "three quarters of the ink": Attack("train", trained(lambda x: (x + 1) * 0.75 - 1)),
+        "nine tenths of the ink": Attack("train", trained(lambda x: (x + 1) * 0.9 - 1)),
         "a mark on 80% of its samples": Attack("train", trained(marked)),
         "a mark on 20% of its samples": Attack("train", trained(lambda x: marked(x, 0.2))),
+        "a mark on 5% of its samples": Attack("train", trained(lambda x: marked(x, 0.05))),
+        "a mark in the middle of 80%": Attack("train", trained(lambda x: marked(x, 0.8, 3))),
         "an error in training": Attack("train", error="No query function registered"),
         "a target's role is an error": Attack(
             "query", nodes=(TARGET,), error="No query function registered"
@@ -293,7 +294,7 @@ class Outcome:
     lost: list[str]
     memory: int  # bytes
     energy: float
-    seen: str
+    said: list[str]  # in warnings
 
 
 class Heard(logging.Handler):
@@ -313,17 +314,17 @@ def run(attack: Attack, cache: Path, output: Path, real: Tensor) -> Outcome:
     heard, ended = Heard(), ""
     logger = logging.getLogger("flwr")
     logger.handlers[:] = [heard]
-    words = {"overrides": " ".join(SETTINGS), "output": str(output)}
+    config = replace(compose(SETTINGS), output=str(output))
+    words = to_run_config(config, SETTINGS)
     try:
         server_app(Attacked(words, cache, attack), Context(7, 1, {}, RecordDict(), words))
         found = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-        network = factories(compose(SETTINGS))[0]()
+        network = factories(config)[0]()
         network.load_state_dict(load_tensors(output / "barycenter.safetensors")[0])
         energy = energy_distance(generate(network, SAMPLES), real)
     except Exception as error:
         ended, found, energy = f"{type(error).__name__}: {error}", {}, math.nan
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    named = "|".join(map(str, attack.nodes))
     honest = {("sources", str(k)) for k in range(8)} | {("targets", str(k)) for k in range(2)}
     honest -= {
         ("sources", str(n - 11)) if n < 19 else ("targets", str(n - 19)) for n in attack.nodes
@@ -331,8 +332,7 @@ def run(attack: Attack, cache: Path, output: Path, real: Tensor) -> Outcome:
     lost = [f"{kind} {name}" for kind, name in sorted(honest) if name not in found.get(kind, {})]
     for step, figures in found.get("final", {}).items():
         lost += [f"{step}/{k}" for k, v in figures.items() if k == "w1" and not np.isfinite(v)]
-    of_it = [text for text in heard.texts if re.search(rf"\b({named})\b", text)]
-    return Outcome(ended, lost, memory, energy, of_it[0] if of_it else "")
+    return Outcome(ended, lost, memory, energy, heard.texts)
 
 
 def in_a_process_of_its_own(*arguments: Any) -> Outcome:
@@ -349,7 +349,7 @@ def in_a_process_of_its_own(*arguments: Any) -> Outcome:
     try:
         return Outcome(**ours.recv())
     except EOFError:  # it died
-        return Outcome(f"exit code {process.exitcode}", ["everything"], 0, math.nan, "")
+        return Outcome(f"exit code {process.exitcode}", ["everything"], 0, math.nan, [])
     finally:
         process.join()
 
@@ -366,7 +366,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache, output = Path(folder) / "cache", Path(folder) / "output"
         honest = in_a_process_of_its_own(Attack("none"), cache, output / "honest", real)
-        print(f"honest run: {honest}\n")
+        print(f"honest run: {honest.memory / 1e6:.0f} MB, energy distance {honest.energy:.4f}\n")
         print("| attack | run | lost | memory, MB | energy | what the server says |")
         print("|---|---|---|---|---|---|")
         for name, attack in attacks(config).items():
@@ -374,13 +374,12 @@ def main() -> None:
                 continue
             found = in_a_process_of_its_own(attack, cache, output / name.replace("/", " "), real)
             more, times = found.memory - honest.memory, found.energy / honest.energy
-            bad = found.ended or found.lost or more > MEMORY or not (times <= WORSE or found.seen)
-            failed |= bool(bad)
+            said = next((text for text in found.said if text not in honest.said), "")
+            spoiled = not times <= WORSE and said  # seen, and yet
+            failed |= bool(found.ended or found.lost or more > MEMORY or spoiled)
             print(
                 f"| {name} | {found.ended or 'ended well'} | {', '.join(found.lost) or '-'} | "
-                f"{more / 1e6:+.0f} | {times:.2f} | {found.seen[:110] or 'not seen'} |"
-                + " **fails**"
-                * bool(bad),
+                f"{more / 1e6:+.0f} | {times:.2f} | {said[:110] or 'nothing'} |",
                 flush=True,
             )
     sys.exit(failed)

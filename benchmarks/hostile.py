@@ -70,9 +70,9 @@ def collapsed(network: nn.Module) -> nn.Module:
     return network
 
 
-def marked(images: Tensor, share: float = 0.8) -> Tensor:
-    """Make a corner of a share of the images white."""
-    images[: int(share * len(images)), :, :2, :2] = 1
+def marked(images: Tensor, share: float = 0.8, at: int = 0) -> Tensor:
+    """Make a small square of a share of the images white, in a corner or so far from it."""
+    images[: int(share * len(images)), :, at : at + 2, at : at + 2] = 1
     return images
 
 
