@@ -33,10 +33,6 @@ from fl_wb.training.wgan import Progress, Regularizer, Sampler, resample, train_
 
 log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
 
-ENERGY = 2.5
-"""Weight of the energy distance within the cells. Of ten sources of digits, half of it or the same
-on the whole samples left half as much energy distance again; twice of it cost coverage."""
-
 CRITICS_POOL = 8192
 """Samples of each measure that a stage's critics see, at most: drawn once, as from a data set."""
 
@@ -178,7 +174,6 @@ class Merge:
                 student,
                 pool.pairs(),
                 settings.distillation,
-                energy=ENERGY,
                 seed=seed,
                 callback=callback,
                 checkpoint=start,
