@@ -1,6 +1,6 @@
 """The figures of the examples: each is run as its users run it, before and after the swap.
 
-    python -m benchmarks.swaps [gan] [vae] [tabular] [numpy_client] [dcgan]
+    python -m benchmarks.swaps [gan] [vae] [tabular] [numpy_client] [dcgan] [conditional]
 
 Every run is a real `flwr run` of two simulated nodes. The examples set their own seeds (0 on the
 server, the partition's number on a node). Prints what the server's evaluation and the nodes' said
@@ -33,6 +33,7 @@ RUNS: dict[str, list[tuple[str, str, dict[str, str]]]] = {
     "tabular": [("before", "before", {}), ("after", "after", {})],
     "numpy_client": [("before", "before", {}), ("after", "after", {})],
     "dcgan": [("before", "before", {}), ("after", "after", {})],
+    "conditional": [("before", "before", {}), ("after", "after", {})],
 }
 NODES = re.compile(r"configure_evaluate:.*?Aggregated MetricRecord: (\{.*?\})", re.DOTALL)
 SERVER = re.compile(r"Global evaluation.*?MetricRecord: (\{.*?\})", re.DOTALL)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from fl_wb import ternary
 from fl_wb.adaptation import WEIGHTS, Adaptation, adapt, folded, own_start
 from fl_wb.generators.code import Code
+from fl_wb.generators.latents import Draw, frequencies, law_of
 from fl_wb.generators.reweighted import Reweighted
-from fl_wb.generators.sampling import check_factory, check_real, generate
+from fl_wb.generators.sampling import check_factory, check_real, driven, generate, undriven
 from fl_wb.messages import generator_part, keys, records
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.ternary import Ternarization, ternarize
 from fl_wb.training.checkpoints import Checkpoint
+from fl_wb.training.conditional import check_labels, label_counts
 
 MOST_CELLS, LEAST = 4096, 1e-9  # of a code that a server sends
 
@@ -48,19 +51,25 @@ def make_own(
     *,
     code: Code | None = None,
     weights: str = "fitted",
+    without: Collection[int] = (),
     plain: bool = False,
     critic: Callable[[], nn.Module] | None = None,
     adaptation: Adaptation | None = None,
     ternarization: Ternarization | None = None,
     latent_dim: int | None = None,
+    labels: int | None = None,
+    latents: str | Draw = "normal",
+    few_labels: Tensor | None = None,
     seed: int = 0,
     device: str = "cpu",
     checkpoint: Checkpoint | None = None,
 ) -> Made:
     """Adapt a generator to a node's few samples, and ternarize it if `ternarization` says how.
 
-    Where its code is known, it gets the node's own `weights` first; `plain` folds these into the
-    architecture that it has (see `fl_wb.adaptation.folded`). The other arguments are those of
+    Where its code is known, it gets the node's own `weights` and gate first, `without` some cells,
+    unless it is conditional. `plain` keeps the architecture that it has: the weights are folded
+    into it (see `fl_wb.adaptation.folded`), and the gate guides its adaptation. The other arguments
+    are those of
     `fl_wb.adaptation.adapt` and `fl_wb.ternary.ternarize`.
 
     Raises
@@ -71,11 +80,20 @@ def make_own(
     """
     if ternarization is not None:
         list(ternary.ternarizable(start))
-    began = perf_counter()
-    if code is not None:
-        start = own_start(start, code, few, method=weights, seed=seed, latent_dim=latent_dim)
-        if plain and isinstance(start, Reweighted):
-            start = folded(start, seed=seed)
+    began, guide = perf_counter(), None
+    if code is not None and labels is None:
+        own = own_start(
+            driven(start, latent_dim, None, latents),
+            code,
+            few,
+            method=weights,
+            without=without,
+            seed=seed,
+            latent_dim=latent_dim,
+        )
+        if plain and isinstance(own, Reweighted):
+            guide, own = own, folded(own, seed=seed)
+        start = undriven(own, start)
     weighed = perf_counter()
     adapted = adapt(
         start,
@@ -84,14 +102,24 @@ def make_own(
         settings=adaptation,
         seed=seed,
         latent_dim=latent_dim,
+        labels=labels,
+        latents=latents,
+        few_labels=few_labels,
         device=device,
         checkpoint=checkpoint,
+        guide=guide,
     )
     between = perf_counter()
     made = None
     if ternarization is not None:
         made = ternarize(
-            adapted, settings=ternarization, seed=seed, latent_dim=latent_dim, device=device
+            adapted,
+            settings=ternarization,
+            seed=seed,
+            latent_dim=latent_dim,
+            labels=labels if few_labels is None else label_counts(few_labels, labels or 0),
+            latents=latents,
+            device=device,
         )
     return Made(start, adapted, made, weighed - began, between - weighed, perf_counter() - between)
 
@@ -128,8 +156,8 @@ def received(
         ) from error
 
 
-def received_code(message: Message, context: Context) -> Code | None:
-    """Return the code of the generator that a message carries, if the server says it.
+def received_code(message: Message, context: Context) -> tuple[Code | None, list[int]]:
+    """Return the code of the generator that a message carries, if said, and its forgotten cells.
 
     Raises
     ------
@@ -138,7 +166,7 @@ def received_code(message: Message, context: Context) -> Code | None:
     """
     record = message.content.config_records.get(keys.CODE)
     if record is None:
-        return None
+        return None, []
     shares = record.get(keys.SHARES)
     listed = shares if isinstance(shares, list) and len(shares) <= MOST_CELLS else []
     good = [share for share in listed if isinstance(share, float) and LEAST <= share <= 1]
@@ -147,13 +175,19 @@ def received_code(message: Message, context: Context) -> Code | None:
             f"the message to node {context.node_id} has shares {str(shares)[:80]}: 1 to "
             f"{MOST_CELLS} numbers from {LEAST} to 1 are a code"
         )
-    return Code(good)
+    forgotten = record.get(keys.FORGOTTEN, [])
+    if not isinstance(forgotten, list) or not {*forgotten} < {*range(len(good))}:
+        raise ValueError(
+            f"the message to node {context.node_id} has forgotten cells {str(forgotten)[:80]}: "
+            f"some of the {len(good)} may be, from 0, not all"
+        )
+    return Code(good), [int(cell) for cell in forgotten]
 
 
 def own_samples(
     few: Tensor, context: Context, start: nn.Module, latent_dim: int | None = None
 ) -> Tensor:
-    """Return a node's few samples, seen to be such as the generator makes.
+    """Return a node's few samples, seen to be such as the generator, of one tensor, makes.
 
     Raises
     ------
@@ -190,7 +224,8 @@ class FastAdaptation:
     generator : callable
         Factory of the generator whose state dict the message carries.
     samples : callable
-        Given the Context, returns the node's few samples, a Tensor (n, ...) with n >= 1.
+        Given the Context, returns the node's few samples, a Tensor (n, ...) with n >= 1; with
+        `labels`, a pair of these and their labels (n,), integers.
     critic : callable, optional
         Factory of a critic; a multilayer perceptron by default.
     weights : {"fitted", "radius", "uniform", "shares"}
@@ -213,6 +248,8 @@ class FastAdaptation:
         "ternary" (see `fl_wb.ternary.unpack`). By default none is sent.
     latent_dim : int, optional
         Needed if the generator has no attribute ``latent_dim``.
+    labels, latents : optional
+        As in `fl_wb.strategies.AdaptiveCoalescence`, and the same there.
     seed : int
         Same message, samples and seed: same generator.
     device : str
@@ -220,7 +257,7 @@ class FastAdaptation:
     """
 
     generator: Callable[[], nn.Module]
-    samples: Callable[[Context], Tensor]
+    samples: Callable[[Context], Tensor | tuple[Tensor, Tensor]]
     _: KW_ONLY
     critic: Callable[[], nn.Module] | None = None
     weights: str = "fitted"
@@ -231,6 +268,8 @@ class FastAdaptation:
     generator_keys: Sequence[str] | None = None
     reply_key: str | None = None
     latent_dim: int | None = None
+    labels: int | None = None
+    latents: str | Draw = "normal"
     seed: int = 0
     device: str = "cpu"
 
@@ -241,6 +280,8 @@ class FastAdaptation:
             check_factory("critic", self.critic)
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights={self.weights!r} is not one of {', '.join(WEIGHTS)}")
+        law_of(self.latents)
+        frequencies(self.labels)
         self._prefixes = generator_part.check_prefixes(self.generator_keys)
         if self.reply_key is not None and not self.ternarize:
             raise ValueError("reply_key sends the ternary generator, and ternarize is False")
@@ -260,7 +301,9 @@ class FastAdaptation:
         start, head = received(
             message, context, self.generator, key=self.arrayrecord_key, prefixes=self._prefixes
         )
-        made = self._made(start, self.few(context, start), received_code(message, context), context)
+        code, without = received_code(message, context)
+        few, few_labels = self._few(context, start)
+        made = self._made(start, few, few_labels, code, without, context)
         content = dict(message.content)
         whole = message.content.array_records[self.arrayrecord_key]
         own = {head + name: value for name, value in made.state_dict().items()}
@@ -272,19 +315,43 @@ class FastAdaptation:
                 raise ValueError(
                     f"the reply has a record {self.reply_key!r} already: set reply_key"
                 )
-            reply.content[self.reply_key] = ConfigRecord({keys.TERNARY: ternary.pack(made)})
+            packed = ternary.pack(made, labels=self.labels, latents=self.latents)
+            reply.content[self.reply_key] = ConfigRecord({keys.TERNARY: packed})
         return reply
 
     def few(self, context: Context, start: nn.Module) -> Tensor:
         """Return the node's few samples, checked against what the generator makes."""
-        return own_samples(self.samples(context), context, start, self.latent_dim)
+        return self._few(context, start)[0]
+
+    def _few(self, context: Context, start: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Return the node's few samples and, where there are labels, theirs."""
+        given: Any = self.samples(context)
+        one = driven(start, self.latent_dim, self.labels, self.latents)
+        if self.labels is None:
+            return own_samples(given, context, one, self.latent_dim), None
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise TypeError(
+                f"with labels={self.labels}, samples must return a pair of Tensors, samples and "
+                f"labels, not a {type(given).__name__}"
+            )
+        few = own_samples(given[0], context, one, self.latent_dim)
+        check_labels(given[1], len(few), self.labels)
+        return few, given[1]
 
     def _made(
-        self, start: nn.Module, few: Tensor, code: Code | None, context: Context
+        self,
+        start: nn.Module,
+        few: Tensor,
+        few_labels: Tensor | None,
+        code: Code | None,
+        without: list[int],
+        context: Context,
     ) -> nn.Module:
         """Return the generator for this node, from ``context.state`` if it is there."""
         shares = torch.tensor([] if code is None else code.shares, dtype=torch.float64)
-        key = digest({**start.state_dict(), "few": few, "shares": shares})
+        shares[without] = 0
+        told = {} if few_labels is None else {"labels": few_labels}
+        key = digest({**start.state_dict(), "few": few, "shares": shares, **told})
         state: RecordDict = context.state
         if _MADE in state and state.config_records[_FROM]["digest"] == key:
             return records.load(state.array_records[_MADE], self.generator()).eval()
@@ -293,11 +360,15 @@ class FastAdaptation:
             few.to(self.device),
             code=code,
             weights=self.weights,
+            without=without,
             plain=True,
             critic=self.critic,
             adaptation=self.adaptation,
             ternarization=(self.ternarization or Ternarization()) if self.ternarize else None,
             latent_dim=self.latent_dim,
+            labels=self.labels,
+            latents=self.latents,
+            few_labels=few_labels,
             seed=self.seed,
             device=self.device,
         )

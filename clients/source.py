@@ -7,7 +7,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import perf_counter
 
 import torch
@@ -15,12 +15,18 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fl_wb.generators.copies import copy_of
-from fl_wb.generators.sampling import generate, latent_dim_of
+from fl_wb.generators.sampling import driven, generate, latents_of
 from fl_wb.messages import keys, records
 from fl_wb.metrics import memorization
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest, fingerprint
 from fl_wb.training.checkpoints import Checkpoint
+from fl_wb.training.conditional import (
+    Labelled,
+    LabelledGenerator,
+    label_counts,
+    labelled_critic,
+)
 from fl_wb.training.privacy import Privacy, mechanism, poisson, private_critic_steps
 from fl_wb.training.wgan import Progress, Trained, Training, resample, train_wgan
 
@@ -52,6 +58,8 @@ def train_source(
     *,
     privacy: Privacy | None = None,
     latent_dim: int | None = None,
+    own_labels: Tensor | None = None,
+    labels: int | None = None,
     seed: int = 0,
     callback: Progress | None = None,
     checkpoint: Checkpoint | None = None,
@@ -71,6 +79,9 @@ def train_source(
     privacy : Privacy, optional
         With an epsilon: train with differential privacy. The random numbers are then nobody's to
         know, and `seed` is that of the critic's first weights alone.
+    own_labels, labels : optional
+        The samples' labels (n,), and how many there are, for a conditional generator; its critic
+        sees samples and labels (`fl_wb.training.conditional`).
     latent_dim, seed, callback, checkpoint : optional
         As in `fl_wb.training.wgan.train_wgan`.
 
@@ -82,6 +93,15 @@ def train_source(
         with privacy ``epsilon`` and ``delta``.
     """
     last: dict[str, float] = {}
+    judge = _seeded(critic, seed)
+    if own_labels is not None and labels is not None:
+        if privacy and privacy.epsilon is not None:
+            raise ValueError(f"labels={labels} are told as they are: not with an epsilon")
+        form = Labelled.of(samples, labels)
+        one = driven(generator, latent_dim, label_counts(own_labels, labels))
+        generator = LabelledGenerator(one, form)
+        judge = _seeded(lambda: labelled_critic(critic(), form), seed)
+        samples = form.join(samples, own_labels)
     real, steps, kept, its_seed = resample(samples), None, {}, seed
     if privacy and privacy.epsilon is not None:
         by = mechanism(privacy, settings, len(samples))
@@ -97,7 +117,7 @@ def train_source(
     began = perf_counter()
     trained = train_wgan(
         generator,
-        [_seeded(critic, seed)],
+        [judge],
         [real],
         settings,
         latent_dim=latent_dim,
@@ -106,6 +126,9 @@ def train_source(
         callback=listen,
         checkpoint=checkpoint,
     )
+    if isinstance(trained.generator, LabelledGenerator):
+        inside = trained.generator.generator.get_submodule("generator")
+        trained = replace(trained, generator=inside)
     return trained, {**last, **kept, "train-seconds": perf_counter() - began}
 
 
@@ -115,10 +138,11 @@ def source_train(
     *,
     generator: Callable[[], nn.Module],
     critic: Callable[[], nn.Module],
-    samples: Callable[[], Tensor],
+    samples: Callable[[], Tensor | tuple[Tensor, Tensor]],
     settings: Training,
     privacy: Privacy | None = None,
     min_memorization: float | None = None,
+    labels: int | None = None,
     again: bool = False,
     send_critic: bool = False,
     store: StageStore | None = None,
@@ -139,7 +163,8 @@ def source_train(
     generator, critic : callable
         Factories of the networks.
     samples : callable
-        Returns the node's data (n, ...); only called if there is something to train.
+        Returns the node's data (n, ...); only called if there is something to train. With
+        `labels`, a pair of these and their labels (n,).
     settings : Training
         How long and how fast.
     privacy : Privacy, optional
@@ -147,6 +172,8 @@ def source_train(
     min_memorization : float, optional
         Upload nothing whose `fl_wb.metrics.memorization` is less: about 1 if nothing was
         memorised, 0 for copies. To measure it, one sample in `HELD_OUT` is not trained on.
+    labels : int, optional
+        Train a conditional generator of so many labels, and say how often each is there.
     again : bool
         Train in every round, from the arrays of that round (what FedAvg needs).
     send_critic : bool
@@ -184,14 +211,18 @@ def source_train(
             raise ValueError(
                 f"the server's generator does not fit that of node {context.node_id}: {error}"
             ) from error
-        data = samples()
+        given = samples()
+        data, own_labels = given if isinstance(given, tuple) else (given, None)
         if len(data) == 0:
             raise ValueError(f"node {context.node_id} has no samples to train on")
         _warn_of_few(len(data), private)
-        data, unseen = _split(data, min_memorization, seed)
+        seen, held_out = _split(len(data), min_memorization, seed)
+        data, unseen = data[seen], data[held_out]
+        own_labels = None if own_labels is None else own_labels[seen]
         # Named by where training starts, too: a round of FedAvg finds nothing of the one before.
-        dim = latent_dim_of(network, latent_dim)
-        key = _key(network, _seeded(critic, seed), dim, data, settings, privacy, seed, device)
+        one = driven(network, latent_dim, labels)
+        judge = _seeded(critic, seed)
+        key = _key(one, latent_dim, judge, data, own_labels, settings, privacy, seed, device)
         found = store.get(key) if store else None
         if found is None:
             trained, figures = train_source(
@@ -201,6 +232,8 @@ def source_train(
                 settings,
                 privacy=privacy,
                 latent_dim=latent_dim,
+                own_labels=None if own_labels is None else own_labels.to(device),
+                labels=labels,
                 seed=seed,
                 callback=callback,
                 checkpoint=store.checkpoint(key) if store else None,
@@ -215,10 +248,14 @@ def source_train(
                 store.put(key, found)
                 store.keep_only([key])
         figures = {name: float(value) for name, value in _below(found, _FIGURE).items()}
+        often = None
+        if own_labels is not None and labels is not None:
+            often = label_counts(own_labels, labels)
         made = {name: found[name] for name in network.state_dict()}
         if min_memorization is not None:
             network.load_state_dict(made)
-            measured = memorization(generate(network.cpu(), MADE, latent_dim=dim), data, unseen)
+            made_of = generate(network.cpu(), MADE, latent_dim=latent_dim, labels=often)
+            measured = memorization(made_of, data, unseen)
             if not measured >= min_memorization:
                 raise ValueError(
                     f"node {context.node_id} uploads nothing: memorization={measured:.3g} of its "
@@ -228,7 +265,10 @@ def source_train(
         state[_GENERATOR] = ArrayRecord(made)
         if send_critic:
             state[_JUDGE] = ArrayRecord(_below(found, _CRITIC))
-        state[_METRICS] = MetricRecord({keys.WEIGHT: len(data), **figures})
+        said = MetricRecord({keys.WEIGHT: len(data), **figures})
+        if often is not None:
+            said[keys.LABELS] = often
+        state[_METRICS] = said
     content = RecordDict({keys.ARRAYS: state[_GENERATOR], keys.METRICS: state[_METRICS]})
     if send_critic:
         content[keys.CRITIC] = state[_JUDGE]
@@ -245,18 +285,18 @@ def _warn_of_few(n: int, private: bool) -> None:
         )
 
 
-def _split(data: Tensor, min_memorization: float | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the samples to train on, and those to measure the memorization with."""
+def _split(n: int, min_memorization: float | None, seed: int) -> tuple[Tensor, Tensor]:
+    """Return which of n samples to train on, and which to measure the memorization with."""
     if min_memorization is None:
-        return data, data[:0]
-    if len(data) < 2 * HELD_OUT:
+        return torch.arange(n), torch.arange(0)
+    if n < 2 * HELD_OUT:
         raise ValueError(
-            f"min_memorization={min_memorization} cannot be measured with {len(data)} samples: "
+            f"min_memorization={min_memorization} cannot be measured with {n} samples: "
             f"it takes {2 * HELD_OUT}"
         )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    held_out = len(data) // HELD_OUT
-    return data[order[held_out:]], data[order[:held_out]]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    held_out = n // HELD_OUT
+    return order[held_out:], order[:held_out]
 
 
 def _below(found: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -272,22 +312,24 @@ def _seeded(critic: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 def _key(
     network: nn.Module,
+    latent_dim: int | None,
     critic: nn.Module,
-    dim: int,
     data: Tensor,
+    own_labels: Tensor | None,
     settings: Training,
     privacy: Privacy | None,
     seed: int,
     device: str,
 ) -> str:
     """Name all that a training depends on, what the networks' code does included."""
-    z = torch.linspace(-2, 2, 4 * dim).reshape(4, dim)
+    z = latents_of(network, latent_dim).some()
+    told = {} if own_labels is None else {"labels": own_labels}
     went_in = {
         "version": VERSION,
         "kept": "generator, critic",
         "generator": fingerprint(copy_of(network).eval(), z),
         "critic": fingerprint(copy_of(critic).eval(), data[:4]),
-        "data": digest({"data": data}),
+        "data": digest({"data": data, **told}),
         "training": asdict(settings),
         "privacy": privacy and asdict(privacy),
         "seed": seed,

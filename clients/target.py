@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from fl_wb import ternary
 from fl_wb.adaptation import POOL, Adaptation, variation_bank
 from fl_wb.clients.fast_adaptation import make_own, own_samples, received, received_code
-from fl_wb.generators.sampling import generate
+from fl_wb.generators.sampling import driven, generate, generate_rows, latents_of
 from fl_wb.messages import keys, records
 from fl_wb.messages.replies import PICTURES
-from fl_wb.metrics import Evaluation, Reference, evenly
+from fl_wb.metrics import Evaluation, Reference, augmentation, evenly
 from fl_wb.ternary import Ternarization
 from fl_wb.training.checkpoints import Snapshots
+from fl_wb.training.conditional import label_counts
 from fl_wb.training.wgan import resample
 
 log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
@@ -49,6 +50,10 @@ def target_evaluate(
     features: Callable[[Tensor], Tensor] | None = None,
     evaluation: Evaluation | None = None,
     send_few: bool = False,
+    labels: int | None = None,
+    few_labels: Tensor | None = None,
+    held_out_labels: Tensor | None = None,
+    real: tuple[Tensor, Tensor] | None = None,
     latent_dim: int | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -76,6 +81,13 @@ def target_evaluate(
     evaluation : Evaluation, optional
     send_few : bool
         Send pictures of the few samples themselves. No other part of a reply has real samples.
+    labels, few_labels : optional
+        Of a conditional generator: how many labels there are, and those of the few samples.
+    held_out_labels : Tensor, optional
+        Those of the held-out samples: then also how well a classifier does that learned from the
+        few, from these and generated ones, and from real ones (``accuracy``).
+    real : pair of Tensor, optional
+        As in `fl_wb.metrics.augmentation`.
     latent_dim, seed, device : optional
         As in `fl_wb.clients.fast_adaptation.make_own`.
 
@@ -84,29 +96,35 @@ def target_evaluate(
     RecordDict
         Metrics ``<step>/<key>`` for the steps few (these samples themselves, drawn with
         replacement: what mere copying scores), bank (if asked for), barycenter, reweighted (where
-        the server says the model's code), adapted and ternary and the keys of
-        `fl_wb.metrics.evaluate`; the packed ternary generator; and a few pictures of what the
-        generator of each step makes.
+        the server says the model's code), adapted and ternary, and real (the accuracy alone), and
+        the keys of `fl_wb.metrics.evaluate`; the packed ternary generator; and a few pictures of
+        what the generator of each step makes.
     """
     settings = evaluation or Evaluation()
-    start, _ = received(message, context, generator)
-    few = own_samples(few, context, start, latent_dim)
+    plain, _ = received(message, context, generator)
+    if labels is not None and few_labels is None:
+        raise ValueError(f"few_labels are needed where there are labels={labels}")
+    counts = None if few_labels is None or labels is None else label_counts(few_labels, labels)
+    few = own_samples(few, context, driven(plain, latent_dim, counts), latent_dim)
     snapshots = Snapshots((adaptation or Adaptation()).training.iterations, settings.snapshots)
-    sent, code = _critic(message, critic), received_code(message, context)
+    sent, (code, without) = _critic(message, critic), received_code(message, context)
     made = make_own(
-        start.to(device),
+        plain.to(device),
         few.to(device),
         code=code,
         weights=weights,
+        without=without,
         critic=critic if sent is None else lambda: sent,
         adaptation=adaptation,
         ternarization=ternarization,
         latent_dim=latent_dim,
+        labels=labels,
+        few_labels=few_labels,
         seed=seed,
         device=device,
         checkpoint=snapshots,
     )
-    networks = {"barycenter": start}
+    networks = {"barycenter": plain}
     figures: dict[str, MetricRecordValues] = {
         keys.WEIGHT: len(few),
         "adapt-seconds": made.adapt_seconds,
@@ -120,6 +138,7 @@ def target_evaluate(
         networks["ternary"] = made.ternary
         figures["ternarize-seconds"] = made.ternarize_seconds
         info[keys.TERNARY] = ternary.pack(made.ternary)
+    networks = {step: driven(each, latent_dim, counts) for step, each in networks.items()}
     few = few.cpu()
     there, held_out = len(held_out), evenly(held_out, settings.most)
     log.info("Comparing with %d of %d held-out samples", len(held_out), there)
@@ -134,11 +153,24 @@ def target_evaluate(
         began = perf_counter()
         steps[step] = judge.of(network)
         log.info("Compared %s, %.0f s", step, perf_counter() - began)
+    if few_labels is not None and held_out_labels is not None:
+        last = [*networks][-1]
+        found = augmentation(
+            networks[last],
+            (few, few_labels.cpu()),
+            (held_out, evenly(held_out_labels, settings.most)),
+            real=real,
+            seed=seed,
+        )
+        for step, name in (("few", "few"), (last, "augmented"), ("real", "real")):
+            steps.setdefault(step, {})["accuracy"] = found[name]
     for step, values in steps.items():
         figures |= {f"{step}/{name}": value for name, value in values.items()}
     if settings.snapshots:
         info.update(
-            _curve(snapshots, made.start, steps.get("reweighted", steps["barycenter"]), judge)
+            _curve(
+                snapshots, made.start, steps.get("reweighted", steps["barycenter"]), judge, counts
+            )
         )
     pictures = {"few": few[:PICTURES]} if send_few else {}
     for step, network in networks.items():
@@ -163,19 +195,25 @@ class _Judge:
     seed: int
 
     def of(self, network: nn.Module) -> dict[str, float]:
-        """Return the figures of a generator."""
-        return self._mean(
-            lambda n, seed: generate(network, n, seed=seed, latent_dim=self.latent_dim)
-        )
+        """Return the figures of a generator of one tensor."""
+        conditional = bool(latents_of(network, self.latent_dim).labels)
+
+        def draw(n: int, seed: int) -> tuple[Tensor, Tensor | None]:
+            rows, made = generate_rows(network, n, seed=seed, latent_dim=self.latent_dim)
+            return made, rows[:, -1] if conditional else None
+
+        return self._mean(draw)
 
     def of_real(self, samples: Tensor) -> dict[str, float]:
         """Return the figures of drawing from samples, with replacement."""
         draw = resample(samples)
-        return self._mean(lambda n, seed: draw(n, torch.Generator().manual_seed(seed)))
+        return self._mean(lambda n, seed: (draw(n, torch.Generator().manual_seed(seed)), None))
 
-    def _mean(self, draw: Callable[[int, int], Tensor]) -> dict[str, float]:
+    def _mean(self, draw: Callable[[int, int], tuple[Tensor, Tensor | None]]) -> dict[str, float]:
         n = self.settings.samples or self.held_out
-        found = [self.reference.compare(draw(n, self.seed + k)) for k in range(self.settings.draws)]
+        found = [
+            self.reference.compare(*draw(n, self.seed + k)) for k in range(self.settings.draws)
+        ]
         return {name: fmean(figures[name] for figures in found) for name in found[0]}
 
 
@@ -191,15 +229,21 @@ def _critic(message: Message, critic: Callable[[], nn.Module] | None) -> nn.Modu
 
 
 def _curve(
-    snapshots: Snapshots, start: nn.Module, at_start: dict[str, float], judge: _Judge
+    snapshots: Snapshots,
+    start: nn.Module,
+    at_start: dict[str, float],
+    judge: _Judge,
+    counts: list[int] | None,
 ) -> dict[str, list[int] | list[float]]:
     """Return the figures during the adaptation, as columns ``curve/<name>``."""
     columns: dict[str, list[Any]] = {"curve/iterations": [0], "curve/seconds": [0.0]}
     for name, value in at_start.items():
         columns[f"curve/{name}"] = [value]
     for iteration, seconds, state in snapshots.taken:
-        network = deepcopy(start)
-        network.load_state_dict(state)
+        network = driven(deepcopy(start), judge.latent_dim, counts)
+        # a conditional one was trained with its labels, inside another module
+        inside = "" if counts is None else "generator."
+        network.load_state_dict({name.removeprefix(inside): state[name] for name in state})
         columns["curve/iterations"].append(iteration)
         columns["curve/seconds"].append(seconds)
         for name, value in judge.of(network).items():

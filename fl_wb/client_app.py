@@ -30,6 +30,7 @@ from fl_wb.app.config import Config, from_run_config
 from fl_wb.app.factories import factories
 from fl_wb.clients import source_train, target_evaluate
 from fl_wb.data import datasets
+from fl_wb.data.samples import Samples
 from fl_wb.generators.mixture import fitting
 from fl_wb.messages import keys
 from fl_wb.metrics import inception_features, train_features
@@ -90,6 +91,7 @@ def train(message: Message, context: Context) -> Message:
         critic=critic,
         samples=lambda: _source_samples(config, node),
         settings=config.client.source,
+        labels=config.network.labels,
         privacy=_privacy(config, context),
         min_memorization=_min_memorization(config, context),
         # A barycenter merges generators that are finished; averaging needs them to grow together.
@@ -110,14 +112,19 @@ def evaluate(message: Message, context: Context) -> Message:
     config, node = _prepare(context, keys.TARGET)
     generator, critic = factories(config)
     few, held_out, features = _target_samples(config, node)
+    conditional = config.network.labels is not None
     arrays = message.content.array_records.get(keys.ARRAYS, ArrayRecord())
     shapes = {name: array.shape for name, array in arrays.items()}
     content = target_evaluate(
         message,
         context,
         generator=lambda: fitting(shapes, generator),  # an ensemble's model is one of several
-        few=few,
-        held_out=held_out,
+        few=few.images,
+        held_out=held_out.images,
+        labels=config.network.labels,
+        few_labels=few.labels if conditional else None,
+        held_out_labels=held_out.labels if conditional else None,
+        real=_real(config, node) if conditional else None,
         critic=critic,
         weights=config.client.weights,
         adaptation=config.client.adaptation,
@@ -207,21 +214,23 @@ def _folder(context: Context, key: str) -> str | None:
     raise ValueError(f"node {context.node_id}: {key}={folder!r} must be an absolute folder")
 
 
-def _source_samples(config: Config, node: Place) -> Tensor:
+def _source_samples(config: Config, node: Place) -> Tensor | tuple[Tensor, Tensor]:
     if node.data is None:
-        return datasets.source_samples(config.data, node.index).images
-    return datasets.load_own(node.data, config.data)[0].images
+        own = datasets.source_samples(config.data, node.index)
+    else:
+        own = datasets.load_own(node.data, config.data)[0]
+    return own.images if config.network.labels is None else (own.images, own.labels)
 
 
 def _target_samples(
     config: Config, node: Place
-) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor] | None]:
+) -> tuple[Samples, Samples, Callable[[Tensor], Tensor] | None]:
     """Return a target's few samples, its held-out ones, and in what features it compares."""
     if node.data is None:
-        few = datasets.target_samples(config.data, node.index).images
-        held_out = datasets.held_out(config.data, config.data.targets[node.index]).images
+        few = datasets.target_samples(config.data, node.index)
+        held_out = datasets.held_out(config.data, config.data.targets[node.index])
     else:
-        few, held_out = (part.images for part in datasets.load_own(node.data, config.data))
+        few, held_out = datasets.load_own(node.data, config.data)
     if config.client.features == "inception":
         return few, held_out, inception_features()
     if config.client.features == "pixels" or node.data is not None:
@@ -229,6 +238,16 @@ def _target_samples(
         return few, held_out, None
     everything, _ = datasets.load(config.data)
     return few, held_out, train_features(everything.images, everything.labels)
+
+
+def _real(config: Config, node: Place) -> tuple[Tensor, Tensor] | None:
+    """Return the run's training data of a target's classes, as far as they are known."""
+    if node.data is not None:
+        return None
+    everything, _ = datasets.load(config.data)
+    classes = torch.tensor(config.data.targets[node.index])
+    own = everything[torch.isin(everything.labels, classes)]
+    return own.images, own.labels
 
 
 def _prepare(context: Context, role: str) -> tuple[Config, Place]:

@@ -108,6 +108,7 @@ def _coalescence(
         **arguments,
         generator=generator,
         critic=critic,
+        labels=config.network.labels,
         stage=config.strategy.stage,
         seed=config.seed,
         store=StageStore(results.output / "barycenter", seconds=config.strategy.checkpoint_seconds),

@@ -23,6 +23,7 @@ from fl_wb.barycenter import Stage, check_executor, check_fan_in, stage_of
 from fl_wb.federation.coalescence import Coalescence, say_dropped
 from fl_wb.federation.merger import Merger
 from fl_wb.federation.model import Model, State
+from fl_wb.generators.latents import Draw
 from fl_wb.generators.sampling import check_factory
 from fl_wb.messages import generator_part, keys, records
 from fl_wb.messages import replies as checked
@@ -76,6 +77,12 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         multilayer perceptron.
     latent_dim : int, optional
         Needed if the generator has no attribute ``latent_dim``.
+    labels : int, optional
+        Of conditional generators, from latents and labels (n,) of int64: how many labels there
+        are. Each gets its own barycenter. A node that sends the list "label-counts" in its metrics
+        counts there in proportion, and not where it has none; else it has all equally often.
+    latents : {"normal", "uniform", "uniform(-1,1)"} or callable
+        The law of the latents; a callable draws n of them with a ``torch.Generator``.
     generator_keys : sequence of str or slice, optional
         Prefixes of the generator's arrays where the model has others too, e.g.
         ``("fc3.", "decoder.")`` of a VAE; or their places, e.g. ``slice(0, 14)`` of the list that
@@ -133,6 +140,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         generator: Callable[[], nn.Module],
         critic: Callable[[], nn.Module] | None = None,
         latent_dim: int | None = None,
+        labels: int | None = None,
+        latents: str | Draw = "normal",
         generator_keys: Sequence[str] | slice | None = None,
         refit: Callable[[State], Mapping[str, Tensor]] | None = None,
         stage: Stage | None = None,
@@ -180,6 +189,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             generator,
             critic,
             latent_dim,
+            labels,
+            latents,
             stage,
             check_fan_in(fan_in, stage),
             check_executor(executor),
@@ -269,9 +280,20 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
         if self._coalescence is not None and self._coalescence.shares:
             code = ConfigRecord({keys.SHARES: self._coalescence.shares})
+            if self._coalescence.forgotten:
+                code[keys.FORGOTTEN] = self._coalescence.forgotten
             for message in messages:
                 message.content = RecordDict({**message.content, keys.CODE: code})
         return messages
+
+    def forget(self, node_id: int) -> None:
+        """Forget what a node sent: of this model, targets give its cell a weight of 0, at once.
+
+        The next merge is without it, and does not start at this barycenter. A node asks for the
+        same by ``"forget": True`` beside its role. What is folded with others' cannot be forgotten.
+        """
+        if self._coalescence is not None:
+            self._coalescence.forget(node_id)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -280,14 +302,16 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         assert self._coalescence is not None
         received = self._received(replies, is_train=True)
         arrived: dict[int, tuple[float, str, State]] = {}
+        labels: dict[int, tuple[float, ...]] = {}
         for node_id, content in received:
             try:
+                labels[node_id] = checked.labels(content, self.merger.labels)
                 arrived[node_id] = self._coalescence.read(
                     self._weight(content), checked.model(content)
                 )
             except records.InvalidUpload as error:
                 say_dropped(node_id, str(error))
-        self._coalescence.put(server_round, arrived, self._connected)
+        self._coalescence.put(server_round, arrived, self._connected, labels)
         arrays = None
         if self._is_needed(server_round):
             arrays = self._coalescence.merged(server_round, self._connected)
@@ -309,7 +333,14 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         merger = self.merger
         check_device(merger.device)
         generative, _ = generator_part.split(arrays, self.generator_keys)
-        network = check_networks(generative, merger.generator, merger.critic, merger.latent_dim)
+        network = check_networks(
+            generative,
+            merger.generator,
+            merger.critic,
+            merger.latent_dim,
+            merger.labels,
+            merger.latents,
+        )
         self._strikes.clear()
         return Coalescence(
             Model(arrays, network, self.generator_keys, self.refit),

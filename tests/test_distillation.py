@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fl_wb.generators.latents import Latents
 from fl_wb.generators.networks import make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.persistence import stage_store
@@ -37,7 +38,7 @@ def test_a_student_learns_the_map():
 
     distill(
         student,
-        pairs_of(teacher, 4),
+        pairs_of(teacher, Latents(4)),
         Distillation(iterations=300, batch_size=64, lr=1e-2),
         callback=lambda done, total, loss: losses.append((done, total, loss["distillation"])),
     )
@@ -52,7 +53,7 @@ def test_the_loss_of_two_points():
     student, losses = Gaussian((0.0, 0.0), std=0.0), []
     distill(
         student,
-        pairs_of(lambda z: torch.tensor([[3.0, 4.0]]).expand(len(z), 2), 4),
+        pairs_of(lambda z: torch.tensor([[3.0, 4.0]]).expand(len(z), 2), Latents(4)),
         Distillation(iterations=1),
         energy=3.0,
         callback=lambda done, total, loss: losses.append(loss["distillation"]),
@@ -68,7 +69,7 @@ def test_two_modes_are_both_reached_where_the_map_cannot_be_followed():
     def teacher(z: Tensor) -> Tensor:
         return z[:, 3:].sign()
 
-    distill(student, pairs_of(teacher, 4), Distillation(iterations=300, lr=1e-2))
+    distill(student, pairs_of(teacher, Latents(4)), Distillation(iterations=300, lr=1e-2))
 
     samples = generate(student, 1000, latent_dim=4)
     assert 0.45 < (samples > 0).float().mean() < 0.55
@@ -79,7 +80,7 @@ def test_the_same_seed_gives_the_same_student():
     students = [Gaussian((0.0, 0.0)) for _ in range(3)]
     rng = torch.get_rng_state()
     for student, seed in zip(students, (1, 1, 2), strict=True):
-        distill(student, pairs_of(Gaussian((2.0, 2.0)), 4), SHORT, seed=seed)
+        distill(student, pairs_of(Gaussian((2.0, 2.0)), Latents(4)), SHORT, seed=seed)
     assert torch.get_rng_state().equal(rng)
     assert same(students[0], students[1]) and not same(students[0], students[2])
 
@@ -89,16 +90,20 @@ def test_a_resumed_distillation_ends_like_an_unbroken_one(monkeypatch, killed_at
     monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
     checkpoint = StageStore().checkpoint("key")
     unbroken, resumed = conv(), conv()
-    distill(unbroken, pairs_of(ramp, 4), SHORT)
+    distill(unbroken, pairs_of(ramp, Latents(4)), SHORT)
     iterations = []
 
     with pytest.raises(Killed):
         distill(
-            conv(), pairs_of(ramp, 4), SHORT, checkpoint=checkpoint, callback=kill_at(killed_at)
+            conv(),
+            pairs_of(ramp, Latents(4)),
+            SHORT,
+            checkpoint=checkpoint,
+            callback=kill_at(killed_at),
         )
     distill(
         resumed,
-        pairs_of(ramp, 4),
+        pairs_of(ramp, Latents(4)),
         SHORT,
         checkpoint=checkpoint,
         callback=lambda done, *_: iterations.append(done),
@@ -112,7 +117,7 @@ def test_statistics_follow_in_training_mode_and_stay_in_eval_mode():
     moving, still = conv(), conv().eval()
     before = {name: value.clone() for name, value in still.named_buffers()}
     for student in (moving, still):
-        distill(student, pairs_of(ramp, 4), SHORT)
+        distill(student, pairs_of(ramp, Latents(4)), SHORT)
     assert all(value.equal(before[name]) for name, value in still.named_buffers())
     assert not any(value.equal(before[name]) for name, value in moving.named_buffers())
 
@@ -125,7 +130,7 @@ def test_a_group_keeps_its_own_rate():
         {"params": list(student.residual.parameters()), "lr": 0.0},
     ]
 
-    distill(student, pairs_of(Gaussian((1.0, 0.0)), 4), SHORT, groups=groups)
+    distill(student, pairs_of(Gaussian((1.0, 0.0)), Latents(4)), SHORT, groups=groups)
 
     assert all(p.equal(q) for p, q in zip(student.residual.parameters(), residual, strict=True))
     assert generate(student, 100).mean(0)[0] > generate(Gaussian((0.0, 0.0)), 100).mean(0)[0]
@@ -140,7 +145,7 @@ def test_a_group_stands_still_after_its_share():
 
     distill(
         student,
-        pairs_of(Gaussian((1.0, 0.0)), 4),
+        pairs_of(Gaussian((1.0, 0.0)), Latents(4)),
         SHORT,
         groups=groups,
         callback=lambda *_: biases.append(student.affine.bias.detach().clone()),

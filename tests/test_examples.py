@@ -30,7 +30,7 @@ from tests.fresh import ROOT
 from tests.toys import ADAPTATION, STAGE, TERNARIZATION
 
 EXAMPLES = ROOT / "examples"
-NAMES = ("gan", "dcgan", "vae", "tabular", "numpy_client")
+NAMES = ("gan", "conditional", "dcgan", "vae", "tabular", "numpy_client")
 PARTS = ("server", "client")
 SETTINGS = {"num-server-rounds": 2, "local-epochs": 2}
 

@@ -289,8 +289,8 @@ def test_an_altered_file_is_refused():
 
 
 def test_another_version_is_named():
-    body = packed()[:8] + struct.pack("<I", 3) + packed()[12:-SHA]
-    with pytest.raises(PackedFileError, match=r"version 3; this program reads 1 and 2"):
+    body = packed()[:8] + struct.pack("<I", 4) + packed()[12:-SHA]
+    with pytest.raises(PackedFileError, match=r"version 4; this program reads 1 to 3"):
         unpack(sealed(body), network())
 
 

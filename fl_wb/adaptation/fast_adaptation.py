@@ -10,6 +10,10 @@ alone memorises them, so three things are ours here:
 - the more samples there are, the more of them are learned as they are, and the less the start
   counts.
 
+A start that a gate made the target's own already (`fl_wb.adaptation.gates`) has few strangers left,
+which an anchor would hold: there, its samples are two thirds of what is learned, in the anchor's
+place.
+
 A small generator whose target is new may be *transported* first: its samples are coupled optimally
 with the widened ones, and it is regressed on that coupling (`transport_pairs`).
 """
@@ -18,17 +22,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from fl_wb.adaptation.variation import transport_pairs, variation_bank
+from fl_wb.adaptation.anchor import COMPARED, choose_anchor, worse
+from fl_wb.adaptation.variation import labelled_bank, transport_pairs, variation_bank
 from fl_wb.generators.copies import copy_of
+from fl_wb.generators.latents import Draw
 from fl_wb.generators.networks import MLPCritic
-from fl_wb.generators.sampling import check_real, device_of, generate
+from fl_wb.generators.reweighted import Reweighted
+from fl_wb.generators.sampling import (
+    check_function,
+    check_real,
+    device_of,
+    driven,
+    generate,
+    latents_of,
+    undriven,
+)
 from fl_wb.settings import Settings, at_least, one_of
 from fl_wb.training.checkpoints import Checkpoint
+from fl_wb.training.conditional import (
+    LabelledGenerator,
+    labelled,
+    labelled_critic,
+)
 from fl_wb.training.distillation import Distillation, distill
 from fl_wb.training.wgan import (
     Progress,
@@ -46,20 +67,8 @@ METHODS = ("variation", "transport", "plain")
 POOL = 8000
 """Samples of the start generator whose differences are transferred."""
 
-COMPARED = 1000
-"""Of a generator's samples, where all pairs are compared: more would cost seconds."""
-
-ANCHOR = 5.0
-"""Weight of the anchor up to `ANCHORED` samples, where the start fits them."""
-
-ANCHORED = 100
-"""The anchor weighs less with more samples than these, as a prior does beside more data."""
-
 SCARCE = 20
 """Up to so many samples, all are widened; of n more, a share of 1 - SCARCE / n is learned as is."""
-
-STRANGE = 3.0
-"""A start fits unless so many times more of its samples are far from the few than by chance."""
 
 JUDGED = 100
 """Of so many samples or more, one in `FOLD` is left out, to judge by.
@@ -114,9 +123,13 @@ def adapt(
     settings: Adaptation | None = None,
     seed: int = 0,
     latent_dim: int | None = None,
+    labels: int | None = None,
+    latents: str | Draw = "normal",
+    few_labels: Tensor | None = None,
     device: str | torch.device | None = None,
     callback: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    guide: nn.Module | None = None,
 ) -> nn.Module:
     """Adapt a generator to a few samples; the arguments are left alone.
 
@@ -139,10 +152,21 @@ def adapt(
         The same arguments give the same generator.
     latent_dim : int, optional
         For a generator without the attribute.
+    labels : int, optional
+        Of a conditional generator: how many labels there are.
+    latents : optional
+        As in `fl_wb.generators.sampling.generate`.
+    few_labels : Tensor, optional
+        The samples' labels (n,), integers; a conditional generator needs them. It is adapted on
+        samples and labels together, drawn as often as they occur here: a label that no sample has
+        may change with the others.
     device : optional
         Where to train; where the generator is if None.
     callback, checkpoint : optional
         Told (iterations done, in all, losses); where to save and resume.
+    guide : nn.Module, optional
+        Whose samples are widened by in place of the start's, where that one has to keep its
+        architecture, and cannot have the gate that this one has.
 
     Returns
     -------
@@ -152,19 +176,30 @@ def adapt(
     Raises
     ------
     ValueError
-        If there are no samples, their shape is not the generator's, or one is not finite.
+        If there are no samples, their shape is not the generator's, one is not finite, or they
+        have no labels where there should be.
     """
     settings = settings or Adaptation()
-    home = device_of(generator)
+    home, form = device_of(generator), None
     start = copy_of(generator).to(device or home).eval().requires_grad_(False)
-    pool = generate(start, POOL, seed=seed, latent_dim=latent_dim)
-    _check_samples(samples, pool)
+    if labels is None:
+        start = driven(start, latent_dim, None, latents)
+    else:
+        start, form = labelled(start, few_labels, labels, latent_dim, latents, seed)
+    check_function(start, latents_of(start, latent_dim).some().to(device_of(start)))
+    guide = guide or start
+    pool = generate(guide, POOL, seed=seed, latent_dim=latent_dim)
+    _check_samples(samples, form.split(pool)[0] if form else pool)
+    if form and few_labels is not None:
+        samples = form.join(samples, few_labels)
+    widened = partial(labelled_bank, form) if form else variation_bank
     training = settings.training
     if iterations is not None:
         training = replace(training, iterations=iterations)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        fresh = critic() if critic else MLPCritic(pool.shape[1:])
+        fresh = critic() if critic else MLPCritic(form.shape if form else pool.shape[1:])
+        fresh = labelled_critic(fresh, form) if form else fresh
     few = samples.detach().to(device_of(start), pool.dtype)
     left_out = torch.arange(len(few), device=few.device) % FOLD == FOLD - 1
     judged = settings.method != "plain" and not settings.fresh and len(few) >= JUDGED
@@ -178,20 +213,25 @@ def adapt(
             order = torch.randperm(len(few), generator=torch.Generator().manual_seed(seed))
             few = few[order[:MANY].to(few.device)]
         pool = pool.to(few.device)
-        anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
-        # an anchored start makes what a few samples lack
-        unchanged = 0.0 if anchor else max(0.0, 1 - SCARCE / len(few))
-        moves = settings.method == "transport" and not anchor
+        gated = isinstance(guide, Reweighted) and guide.gate is not None
+        anchor = settings.anchor
+        if anchor is None:
+            anchor = 0.0 if gated else choose_anchor(pool, few)
+        # an anchored or gated start makes what a few samples lack
+        unchanged = 0.0 if anchor or gated else max(0.0, 1 - SCARCE / len(few))
+        moves = settings.method == "transport" and not anchor and not gated
         if moves:
             # a regression keeps what blurs or draws together, where a WGAN makes up for it
-            bank = variation_bank(few, pool, towards=0.0, scale=0.6, unchanged=unchanged, seed=seed)
+            bank = widened(few, pool, towards=0.0, scale=0.6, unchanged=unchanged, seed=seed)
             before = settings.transport.iterations
             total = before + training.iterations
             first, then = part_of(callback, 0, total), part_of(callback, before, total)
             pairs = transport_pairs(start, bank, seed=seed, latent_dim=latent_dim)
             distill(student, pairs, settings.transport, seed=seed, callback=first)
         else:
-            bank = variation_bank(few, pool, unchanged=unchanged, seed=seed)
+            bank = widened(few, pool, unchanged=unchanged, seed=seed)
+            if gated:
+                bank = torch.cat([bank, pool])
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
@@ -208,52 +248,11 @@ def adapt(
     adapted = trained.generator
     if judged:
         made = generate(adapted, COMPARED, seed=seed, latent_dim=latent_dim)
-        if _worse(made, pool[:COMPARED].cpu(), unseen):
+        if worse(made, pool[:COMPARED].cpu(), unseen):
             adapted = start.requires_grad_(True)
-    return adapted.to(home)
-
-
-def choose_anchor(pool: Tensor, samples: Tensor) -> float:
-    """Weight of the anchor where the start already fits the few samples, else 0.
-
-    It fits if ED(pool, samples) is below 3% of the samples' mean pairwise distance (measured: 0
-    to 0.8% for a target of the sources' classes, 9 to 16% for one of other classes), or no
-    larger than for equally many of the start's own samples in nine of ten draws: with very few,
-    chance alone makes more of it. And not more than `STRANGE` times as many of its samples are far
-    from all of the few as there are from equally many of its own: a target that has some of the
-    start's classes has its samples where the start has, but leaves much of that empty (measured:
-    as many as by chance for all ten classes, 1.6 times for eight, 3.4 to 4.3 for four or six).
-    """
-    flat = samples.flatten(1)
-    spread = torch.pdist(flat).mean().item() if len(samples) > 1 else 0.0
-    some, rest = pool.tensor_split([min(COMPARED, len(pool) // 2)])
-    draws = rest.split(len(samples))[:20]
-    distances = torch.stack([energy_distance(some, draw) for draw in draws])
-    chance = distances.quantile(0.9).item()  # the largest of them is often an outlier's
-    if energy_distance(some, samples).item() > max(0.03 * spread, chance):
-        return 0.0
-    strangers = torch.stack([_far(some, draw) for draw in draws]).mean().item()
-    if _far(some, samples).item() > STRANGE * strangers:
-        return 0.0
-    return ANCHOR * min(1.0, ANCHORED / len(samples))
-
-
-def _worse(made: Tensor, before: Tensor, unseen: Tensor) -> bool:
-    """Whether samples are farther from unseen ones than before, by two standard errors."""
-    unseen = unseen.flatten(1)
-    away, was = (torch.cdist(unseen, x.flatten(1)).mean(1) for x in (made, before))
-    error = 2 * (away - was).std() / len(unseen) ** 0.5
-    lost = energy_distance(made, unseen) - energy_distance(before, unseen)
-    return bool(lost > 2 * error)
-
-
-def _far(made: Tensor, few: Tensor) -> Tensor:
-    """Return the share of `made` that is farther from all of the few than nine in ten of these."""
-    if len(few) < 2:
-        return torch.zeros(())
-    few = few.flatten(1)
-    among = torch.cdist(few, few).fill_diagonal_(torch.inf).amin(1).quantile(0.9)
-    return (torch.cdist(made.flatten(1), few).amin(1) > among).float().mean().cpu()
+    if isinstance(adapted, LabelledGenerator):
+        adapted = adapted.generator
+    return undriven(adapted.to(home), generator)
 
 
 def _energy_to(bank: Tensor) -> Regularizer:

@@ -6,10 +6,13 @@ classes are not the target's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from fl_wb.generators.sampling import latent_dim_of
+from fl_wb.generators.sampling import latents_of
+from fl_wb.training.conditional import Labelled
 from fl_wb.training.distillation import Pairs
 from fl_wb.transport import coupling
 
@@ -79,6 +82,33 @@ def variation_bank(
     return widened
 
 
+def labelled_bank(
+    form: Labelled, few: Tensor, pool: Tensor, *, size: int = 4000, seed: int = 0, **options: Any
+) -> Tensor:
+    """Widen a few labelled samples, each label's own among themselves; see `variation_bank`.
+
+    Parameters
+    ----------
+    form : Labelled
+        Of the vectors.
+    few, pool : Tensor
+        Vectors (n, d + labels) and (N, d + labels).
+    size : int
+        How many widened ones to make, about.
+    seed, **options
+        Of `variation_bank`.
+    """
+    (samples, marks), (others, _) = form.split(few), form.split(pool)
+    labels, parts = marks.argmax(1), []
+    for label in labels.unique():
+        own = samples[labels == label]
+        number = max(round(size * len(own) / len(samples)), 1)
+        widened = variation_bank(own, others, size=number, seed=seed, **options)
+        parts.append(form.join(widened, label.expand(number)))
+    bank = torch.cat(parts)
+    return bank[torch.randperm(len(bank), generator=torch.Generator().manual_seed(seed))]
+
+
 def transport_pairs(
     start: nn.Module,
     bank: Tensor,
@@ -112,7 +142,7 @@ def transport_pairs(
     """
     bank = bank[:size]
     rng = torch.Generator(bank.device).manual_seed(seed)
-    z = torch.randn(len(bank), latent_dim_of(start, latent_dim), generator=rng, device=bank.device)
+    z = latents_of(start, latent_dim).draw(len(bank), rng)
     with torch.no_grad():
         made = torch.cat([start(part) for part in z.split(500)])
     moved = bank[coupling(made, bank).to(bank.device)]

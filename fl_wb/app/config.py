@@ -63,12 +63,16 @@ class NetworkConfig(Settings):
         Dimension of z.
     width
         Hidden units (mlp) or channels (conv, dcgan); None: each network's own default.
+    labels
+        Make conditional generators: so many labels, the classes 0, 1, ... of the data; None: the
+        generators know none.
     """
 
     generator: Annotated[str, one_of("mlp", "conv", "dcgan")] = "mlp"
     critic: Annotated[str, one_of("mlp", "dcgan")] = "mlp"
     latent_dim: Annotated[int, at_least(1)] = 32
     width: Annotated[int, at_least(1)] | None = None
+    labels: Annotated[int, at_least(1)] | None = None
 
 
 @dataclass
@@ -292,6 +296,18 @@ def _completed(config: Config) -> Config:
     if config.strategy.critic and config.strategy.name != "transfer":
         raise ConfigError(
             "strategy.critic=true is for strategy=transfer: the others have no single source's"
+        )
+    if config.network.labels is not None and (
+        config.strategy.critic or config.strategy.name == "ensemble"
+    ):
+        raise ConfigError(
+            f"network.labels={config.network.labels} is for none of strategy=ensemble and "
+            "strategy.critic=true: their networks know no labels"
+        )
+    if config.network.labels is not None and config.client.privacy.epsilon is not None:
+        raise ConfigError(
+            f"network.labels={config.network.labels} is not with client.privacy.epsilon: how often "
+            "a source has each label would be told as it is"
         )
     if config.client.privacy.epsilon is not None and config.strategy.name == "fedavg":
         raise ConfigError(

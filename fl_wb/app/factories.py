@@ -18,7 +18,11 @@ def factories(config: Config) -> tuple[Callable[[], nn.Module], Callable[[], nn.
 
     def generator() -> nn.Module:
         return make_generator(
-            network.generator, shape, latent_dim=network.latent_dim, width=network.width
+            network.generator,
+            shape,
+            latent_dim=network.latent_dim,
+            width=network.width,
+            labels=network.labels,
         )
 
     def critic() -> nn.Module:

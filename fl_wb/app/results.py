@@ -32,7 +32,7 @@ from fl_wb.ternary import parse
 log = logging.getLogger("flwr")
 
 COLUMNS = 12  # of a grid of pictures
-STEPS = ("few", "bank", "barycenter", "reweighted", "adapted", "ternary")
+STEPS = ("few", "bank", "barycenter", "reweighted", "adapted", "ternary", "real")
 OWN = ("few", "reweighted", "adapted", "ternary")  # steps of which each target has pictures
 EVENTS = 20  # iterations between two points of a loss curve
 APART = 3  # targets that have rows of their own in the table and the overview
@@ -78,7 +78,7 @@ class Results:
         self._pictures: dict[str, dict[str, Tensor]] = {}
         with torch.random.fork_rng(devices=[]):
             network = generator()
-        self._shape = tuple(generate(network, 2).shape[1:])
+        self._shape = tuple(self._drawn(network, 2).shape[1:])
         self._most = sum(len(a.data) for a in records.to_arrays(network).values())
         self._bar = progress("Barycenter")
         self._began = perf_counter()
@@ -105,7 +105,7 @@ class Results:
             self.sources[name] = replies.figures(content)
             with self._part(node_id, "its generator's pictures"):
                 network = records.load(replies.model(content), self.generator())
-                self._pictures.setdefault("source", {})[name] = generate(network, COLUMNS)
+                self._pictures.setdefault("source", {})[name] = self._drawn(network, COLUMNS)
         self._draw("source", "sources")
 
     def evaluate(self, server_round: int, contents: Mapping[int, RecordDict]) -> None:
@@ -215,7 +215,7 @@ class Results:
 
     def _rows_of(self, mean: dict[str, dict[str, float]], size: int) -> dict[str, Any]:
         """Return the table's rows: of each target if they are few, else of their mean."""
-        titles = {"barycenter": self.model, "few": "few, resampled"}
+        titles = {"barycenter": self.model, "few": "few, resampled", "real": "as many real ones"}
         targets = sorted(self.targets, key=_by_number)
         apart = {f", target {name}": _steps(self.targets[name]) for name in targets}
         if not 1 < len(targets) <= APART:
@@ -239,13 +239,16 @@ class Results:
         write_atomic(self.output / f"ternary/target-{name}.flwb", packed)
         self._ternary[name] = len(packed)
 
+    def _drawn(self, network: nn.Module, n: int) -> Tensor:
+        return generate(network, n, labels=self.config.network.labels)
+
     def _keep_generator(self, result: Result) -> int:
         """Save the final generator; return its size in bytes."""
         if not result.arrays:
             return 0
         network = records.load(result.arrays, self._network(_shapes(result.arrays)))
         state = network.state_dict()
-        drawn = generate(network, COLUMNS * 4)
+        drawn = self._drawn(network, COLUMNS * 4)
         self._pictures["barycenter"] = {"": drawn}
         self.tracker.images("barycenter", drawn, columns=COLUMNS)
         save_tensors(self.output / f"{self.model}.safetensors", state)

@@ -6,7 +6,7 @@ Imports `training` and what lies below it.
 from __future__ import annotations
 
 from fl_wb.barycenter.executors import check_executor
-from fl_wb.barycenter.merge import Merge
+from fl_wb.barycenter.merge import Merge, check_conditional
 from fl_wb.barycenter.optimality import optimality_gap
 from fl_wb.barycenter.recursion import (
     FAN_IN,
@@ -29,6 +29,7 @@ __all__ = [
     "Stage",
     "UselessMeasure",
     "barycenter_of",
+    "check_conditional",
     "check_executor",
     "check_fan_in",
     "optimality_gap",

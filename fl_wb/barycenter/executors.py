@@ -54,13 +54,13 @@ def _on_ray(
     threads = torch.get_num_threads()
 
     @ray.remote(num_cpus=1)
-    def task(sent: list[tuple[nn.Module, float, str]]) -> Merged:
+    def task(sent: list[tuple[nn.Module, float, str, tuple[float, ...]]]) -> Merged:
         torch.set_num_threads(threads)
         measures = [Measure.of(*each) for each in sent]
         return merge.run(measures, initial, None)
 
     waiting = [
-        task.remote([(measure.generator(), measure.weight, measure.digest) for measure in group])
+        task.remote([(m.generator(), m.weight, m.digest, m.labels) for m in group])
         for group in groups
     ]
     merged: list[Merged] = []

@@ -18,13 +18,12 @@ from fl_wb.barycenter.teachers import (
     Measure,
     Pool,
     displacement_pool,
-    latents,
     mixture_pool,
     pool_size,
     samples_of,
 )
-from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
+from fl_wb.generators.latents import Latents
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import fingerprint
 from fl_wb.training.distillation import distill
@@ -50,8 +49,8 @@ class Merge:
         How a stage merges.
     critic
         Makes a fresh critic.
-    dim
-        Dimension of the latents.
+    latents
+        What the generators, each of one tensor, are called with.
     seed
         Of all randomness.
     store
@@ -62,10 +61,15 @@ class Merge:
 
     settings: Stage
     critic: Callable[[], nn.Module]
-    dim: int
+    latents: Latents
     seed: int
     store: StageStore
     device: torch.device
+
+    def __post_init__(self) -> None:
+        """Refuse settings that a conditional generator cannot be merged with."""
+        if self.latents.labels:
+            check_conditional(self.settings)
 
     def run(
         self,
@@ -187,13 +191,13 @@ class Merge:
                 critics,
                 reals,
                 settings.training,
-                latent_dim=self.dim,
+                latent_dim=self.latents.dim,
                 seed=seed,
                 regularizer=_near(pool, settings.fidelity),
                 callback=callback,
                 checkpoint=training,
             ).generator
-        settle(student, self.dim, seed=seed)
+        settle(student, self.latents, seed=seed)
         start.clear()
         training.clear()
         return student.eval()
@@ -203,6 +207,7 @@ class Merge:
             lambda: self.placed(measure.generator()).requires_grad_(False),
             measure.weight,
             measure.digest,
+            measure.labels,
         )
 
     def _pool(self, measures: Sequence[Measure], rng: torch.Generator) -> Pool:
@@ -212,16 +217,15 @@ class Merge:
         if settings.start == "previous":  # then a critic's samples are all that is needed
             wanted = max(settings.training.reals, 1)
         if settings.geodesic != "displacement":
-            code = Code([measure.weight for measure in measures])
-            return mixture_pool(measures, code, self.dim, wanted, batch, rng)
+            return mixture_pool(measures, self.latents, wanted, batch, rng)
         t = measures[1].weight / (measures[0].weight + measures[1].weight)
-        return displacement_pool(measures, t, self.dim, wanted, batch, rng)
+        return displacement_pool(measures, t, self.latents, wanted, batch, rng)
 
     def _samples(self, measure: Measure, rng: torch.Generator) -> Sampler:
         generator = measure.generator()
         wanted = min(self.settings.training.reals, CRITICS_POOL)
-        size = pool_size(generator, self.dim, wanted, self.device)
-        return resample(samples_of(measure, generator, latents(size, self.dim, rng)))
+        size = pool_size(generator, self.latents.width, wanted, self.device)
+        return resample(samples_of(measure, generator, self.latents.draw(size, rng)))
 
     def _critics(self) -> list[nn.Module]:
         # Fresh in every stage, from the seed alone: the caller's random state neither decides
@@ -236,13 +240,13 @@ class Merge:
         self, measures: Sequence[Measure], student: nn.Module, critics: list[nn.Module]
     ) -> str:
         """Name all that a stage depends on, what the network's code does included."""
-        z = torch.linspace(-2, 2, 4 * self.dim).reshape(4, self.dim).to(self.device)
+        z = self.latents.some().to(self.device)
         with torch.no_grad():
             does = student(z).cpu()
         total = math.fsum(measure.weight for measure in measures)
         went_in = {
             "version": VERSION,
-            "measures": [[measure.digest, measure.weight / total] for measure in measures],
+            "measures": [[m.digest, m.weight / total, *m.labels] for m in measures],
             "start": fingerprint(student, z),
             "critics": [fingerprint(copy_of(critic).cpu().eval(), does) for critic in critics],
             "settings": {k: v for k, v in asdict(self.settings).items() if k != "budget"},
@@ -250,6 +254,15 @@ class Merge:
             "device": self.device.type,
         }
         return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()
+
+
+def check_conditional(settings: Stage) -> None:
+    """Raise ValueError for a stage that would lose the labels: only a distillation knows them."""
+    if (settings.geodesic, settings.start) != ("mixture", "distilled"):
+        raise ValueError(
+            "conditional generators merge with geodesic='mixture' and start='distilled' alone, "
+            f"not {settings.geodesic!r} and {settings.start!r}"
+        )
 
 
 def _near(pool: Pool, weight: float) -> Regularizer | None:

@@ -24,9 +24,18 @@ from torch import nn
 from fl_wb.barycenter.executors import check_executor, run_level
 from fl_wb.barycenter.merge import Merge
 from fl_wb.barycenter.stage import Stage
-from fl_wb.barycenter.teachers import Measure
+from fl_wb.barycenter.teachers import Measure, label_frequencies
+from fl_wb.generators.latents import Draw, mixed
 from fl_wb.generators.networks import MLPCritic
-from fl_wb.generators.sampling import device_of, generate, latent_dim_of
+from fl_wb.generators.sampling import (
+    Labels,
+    check_function,
+    device_of,
+    driven,
+    generate,
+    latents_of,
+    undriven,
+)
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.training.wgan import Progress
@@ -49,6 +58,9 @@ def recursive_barycenter(
     stage: Stage | None = None,
     seed: int = 0,
     latent_dim: int | None = None,
+    labels: Labels = None,
+    latents: str | Draw = "normal",
+    label_counts: Sequence[Sequence[float]] | None = None,
     store: StageStore | str | Path | None = None,
     device: str | torch.device | None = None,
     executor: str | None = None,
@@ -83,6 +95,12 @@ def recursive_barycenter(
         The same arguments give the same generator.
     latent_dim : int, optional
         For generators without the attribute.
+    labels, latents : optional
+        As in `fl_wb.generators.sampling.generate`. Of conditional generators, each label gets its
+        own barycenter.
+    label_counts : sequence of sequence of float, optional
+        How often each generator has each label: its weight in that label's barycenter is in
+        proportion, and a label that it has never is not learned from it. Equally often if None.
     store : StageStore or path, optional
         Keeps finished stages and checkpoints: a call with the same beginning does not train
         it again, and an interrupted one goes on where it was.
@@ -103,30 +121,39 @@ def recursive_barycenter(
     Raises
     ------
     ValueError
-        If there are no generators, or a weight or setting is out of range.
+        If there are no generators, a weight or setting is out of range, or a generator makes its
+        samples of more than what it is called with.
     """
     if not len(generators):
         raise ValueError("a barycenter of no generators: give one at least")
     lambdas = check_weights(weights, len(generators))
     settings = stage_of(stage, geodesic, start, iterations, budget)
-    first = generators[0]
-    home = device_of(first)
+    often = label_frequencies(label_counts, len(generators), labels)
+
+    def made(k: int) -> nn.Module:
+        return driven(generators[k], latent_dim, labels, latents)
+
+    given = generators[0]
+    first, home = driven(given, latent_dim, labels, latents), device_of(given)
+    law = latents_of(first, latent_dim)
+    check_function(first, law.some().to(home))
     merge = Merge(
         settings,
         critic or (lambda: MLPCritic(generate(first, 2, latent_dim=latent_dim).shape[1:])),
-        latent_dim_of(first, latent_dim),
+        law,
         seed,
         store if isinstance(store, StageStore) else StageStore(store),
         torch.device(device) if device is not None else home,
     )
     measures = [
-        Measure(partial(generators.__getitem__, k), weight, digest(generators[k].state_dict()))
+        Measure(partial(made, k), weight, digest(generators[k].state_dict()), often[k])
         for k, weight in enumerate(lambdas)
     ]
+    begin = None if initial is None else driven(initial, latent_dim, labels, latents)
     nu = barycenter_of(
-        measures, merge, fan_in=fan_in, initial=initial, executor=executor, callback=callback
+        measures, merge, fan_in=fan_in, initial=begin, executor=executor, callback=callback
     )
-    return nu.to(home).eval()
+    return undriven(nu.to(home).eval(), given)
 
 
 def barycenter_of(
@@ -163,7 +190,8 @@ def barycenter_of(
             nu, key = next(merged)
             keys.append(key)
             weight = math.fsum(measure.weight for measure in group)
-            after.append(Measure.of(nu, weight))
+            often = mixed([(m.weight, m.labels) for m in group], merge.latents.labels)
+            after.append(Measure.of(nu, weight, labels=often))
         measures = after
     if keys:
         merge.store.keep_only(keys)

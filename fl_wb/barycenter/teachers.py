@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fl_wb.generators.code import Code
+from fl_wb.generators.latents import Latents, frequencies
+from fl_wb.generators.sampling import Labels
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.training.distillation import Pairs
 from fl_wb.transport import displacement
@@ -35,16 +37,39 @@ BATCH = 500
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of a merge: what makes its generator, its weight, and a name of its state."""
+    """A measure of a merge: what makes its generator, its weight, and a name of its state.
+
+    Of a conditional generator also how often it has each label (`Latents.labels`); one that it
+    has never is not learned from it. Empty: as the latents of the merge say.
+    """
 
     generator: Callable[[], nn.Module]
     weight: float
     digest: str
+    labels: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, generator: nn.Module, weight: float, name: str = "") -> Measure:
+    def of(
+        cls, generator: nn.Module, weight: float, name: str = "", labels: tuple[float, ...] = ()
+    ) -> Measure:
         """Return the measure of a generator that is there already."""
-        return cls(lambda: generator, weight, name or digest(generator.state_dict()))
+        return cls(lambda: generator, weight, name or digest(generator.state_dict()), labels)
+
+
+def label_frequencies(
+    counts: Sequence[Sequence[float]] | None, n: int, labels: Labels
+) -> list[tuple[float, ...]]:
+    """Return how often each of n generators has each label; empty if nobody says."""
+    if counts is None:
+        return [()] * n
+    found = [frequencies(each) for each in counts]
+    number = len(frequencies(labels))
+    if len(found) != n or any(len(each) != number for each in found):
+        raise ValueError(
+            f"label_counts must be {number} counts of each of {n} generators, not "
+            f"{[len(each) for each in found]}"
+        )
+    return found
 
 
 class UselessMeasure(ValueError):
@@ -84,8 +109,7 @@ class Pool:
 
 def mixture_pool(
     measures: Sequence[Measure],
-    code: Code,
-    dim: int,
+    latents: Latents,
     wanted: int,
     batch: int,
     rng: torch.Generator,
@@ -93,35 +117,57 @@ def mixture_pool(
     """Draw pairs of the exact mixture, of each measure by the root of its share.
 
     If what is learned of a measure has an error as 1 / pairs, these proportions make the mixture's
-    error, sum_k lambda_k / pairs_k, the least.
+    error, sum_k lambda_k / pairs_k, the least. Where there are labels, each has its own mixture:
+    of the measures that have it, by how much of it they have.
     """
+    code = Code([measure.weight for measure in measures])
     roots = [math.sqrt(share) for share in code.shares]
     branches = code.branches(max(int(math.log2(batch / OF_A_BRANCH)), 0))
+    often = [measure.labels or latents.labels for measure in measures]
     parts: list[tuple[Tensor, ...]] = []
     size = wanted
     for k, measure in enumerate(measures):
         generator = measure.generator()
         if not k:
-            size = pool_size(generator, dim, wanted, rng.device)
+            size = pool_size(generator, latents.width, wanted, rng.device)
         n = max(round(size * roots[k] / math.fsum(roots)), 2)
-        inner = latents(n, dim, rng)
+        inner = replace(latents, labels=often[k]).draw(n, rng)
         x = samples_of(measure, generator, inner)
-        cell = torch.full((len(inner),), k, device=rng.device)
-        branch = torch.full_like(cell, int(branches[k]))
+        branch = branches[k].to(x.device).expand(len(x))
         weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
-        parts.append((code.embed(cell, inner), x, branch, weight))
+        parts.append((_embedded(code, k, inner, latents, often), x, branch, weight))
     return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+def _embedded(
+    code: Code, k: int, inner: Tensor, latents: Latents, often: Sequence[tuple[float, ...]]
+) -> Tensor:
+    """Return the rows of the mixture that stand for rows of measure k: label by label."""
+    cell = torch.full((len(inner),), k, device=inner.device)
+    if not latents.labels:
+        return code.embed(cell, inner, latents=latents)
+    rows = inner.clone()
+    for label in inner[:, -1].unique():
+        here = inner[:, -1] == label
+        weights = [s * o[int(label)] for s, o in zip(code.shares, often, strict=True)]
+        rows[here] = code.embed(cell[here], inner[here], weights, latents)
+    return rows
+
+
 def displacement_pool(
-    measures: Sequence[Measure], t: float, dim: int, wanted: int, batch: int, rng: torch.Generator
+    measures: Sequence[Measure],
+    t: float,
+    latents: Latents,
+    wanted: int,
+    batch: int,
+    rng: torch.Generator,
 ) -> Pool:
     """Draw pairs of McCann's interpolation of two measures, coupled batch by batch."""
     one, other = (measure.generator() for measure in measures)
-    size = pool_size(one, dim, wanted, rng.device)
+    size = pool_size(one, latents.width, wanted, rng.device)
     parts: list[tuple[Tensor, Tensor]] = []
     for n in [batch] * math.ceil(size / batch):
-        z = latents(n, dim, rng)
+        z = latents.draw(n, rng)
         x, y = samples_of(measures[0], one, z), samples_of(measures[1], other, z)
         parts.append((z, displacement(x, y, t)))
     z, x = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -147,13 +193,8 @@ def samples_of(measure: Measure, generator: nn.Module, z: Tensor) -> Tensor:
     return x
 
 
-def latents(n: int, dim: int, rng: torch.Generator) -> Tensor:
-    """Draw latents (n, dim)."""
-    return torch.randn(n, dim, generator=rng, device=rng.device)
-
-
 @torch.no_grad()
-def pool_size(generator: nn.Module, dim: int, wanted: int, device: torch.device) -> int:
+def pool_size(generator: nn.Module, width: int, wanted: int, device: torch.device) -> int:
     """Return how many pairs of a generator's samples are drawn: no more than fit a pool."""
-    bytes_each = 4 * (dim + generator(torch.zeros(2, dim, device=device))[0].numel())
+    bytes_each = 4 * (width + generator(torch.zeros(2, width, device=device))[0].numel())
     return max(min(wanted, PAIRS, BYTES // int(bytes_each)), 1)

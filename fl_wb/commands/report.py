@@ -28,8 +28,19 @@ STEPS = {
     "reweighted": "own weights",
     "adapted": "adapted",
     "ternary": "ternary",
+    "real": "as many real samples",
 }
-COLUMNS = ("coverage", "energy", "memorization", "frechet", "kid", "w1", "density")
+COLUMNS = (
+    "coverage",
+    "energy",
+    "memorization",
+    "frechet",
+    "kid",
+    "w1",
+    "density",
+    "right-labels",
+    "accuracy",
+)
 SCALES = {"seconds": "s", "kB": "kB"}
 
 # Where a run is, what its randomness is and how often it is looked at: no part of what was done.
@@ -48,6 +59,7 @@ LATER = {
     "reweighted": ("client.adaptation", "client.ternarize", "client.ternarization"),
     "adapted": ("client.ternarize", "client.ternarization"),
     "ternary": (),
+    "real": ("strategy", "client", "rounds"),
 }
 
 Figures = dict[str, float]

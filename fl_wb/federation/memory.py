@@ -87,7 +87,7 @@ class Memory:
             found = {}
             for key, entry in index["uploads"].items():
                 file = str(entry.pop("file"))
-                upload = Upload(**entry)
+                upload = Upload(**entry | {"labels": tuple(entry.get("labels", ()))})
                 found[key] = replace(upload, round=upload.round - index["round"]), file
         except FileNotFoundError:
             return uploads, None

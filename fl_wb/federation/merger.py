@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fl_wb.barycenter import Measure, Merge, Stage, barycenter_of
+from fl_wb.barycenter import Measure, Merge, Stage, barycenter_of, check_conditional, shares_learned
 from fl_wb.federation.model import State
+from fl_wb.generators.latents import Draw, Driven, frequencies, law_of
 from fl_wb.generators.networks import MLPCritic
-from fl_wb.generators.sampling import generate, latent_dim_of
+from fl_wb.generators.sampling import driven, generate, latents_of
 from fl_wb.messages import records
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.reporting.progress import progress
@@ -28,6 +29,8 @@ class Merger:
     generator: Callable[[], nn.Module]
     critic: Callable[[], nn.Module] | None
     latent_dim: int | None
+    labels: int | None
+    latents: str | Draw
     stage: Stage
     fan_in: int
     executor: str | None
@@ -36,11 +39,24 @@ class Merger:
     device: str
     callback: Progress | None
 
+    def __post_init__(self) -> None:
+        """Refuse labels and latents that are none, and what they cannot be merged with."""
+        law_of(self.latents)
+        if frequencies(self.labels):
+            check_conditional(self.stage)
+
     def network(self, state: State) -> nn.Module:
-        """Make the generator of a state."""
+        """Make the generator of a state, as one of one tensor."""
         network = self.generator()
         network.load_state_dict(state)
-        return network
+        return self._driven(network)
+
+    def shares(self, weights: Sequence[float]) -> list[float]:
+        """Return the shares of the code in the merge of so weighed uploads; empty without code.
+
+        Where there are labels, each has shares of its own, and nothing is said.
+        """
+        return [] if self.labels else shares_learned(weights, self.stage, self.fan_in)
 
     def check(self, network: nn.Module) -> None:
         """Raise InvalidUpload if a generator's samples are of no use."""
@@ -58,7 +74,7 @@ class Merger:
         UselessMeasure, FloatingPointError, InvalidUpload
             If nothing comes of it, the first where one of the measures is the cause.
         """
-        network = self.generator()
+        network = self._driven(self.generator())
         settings, initial = self.stage, None
         if before is not None:
             initial = self.network(before)
@@ -66,7 +82,7 @@ class Merger:
         merge = Merge(
             settings,
             self.critic or (lambda: MLPCritic(self._shape(network))),
-            latent_dim_of(network, self.latent_dim),
+            latents_of(network, self.latent_dim),
             self.seed,
             self.store,
             torch.device(self.device),
@@ -80,7 +96,11 @@ class Merger:
             callback=self.callback or progress("Barycenter"),
         )
         self.check(merged)
-        return {name: value.cpu() for name, value in merged.state_dict().items()}
+        plain = merged.generator if isinstance(merged, Driven) else merged
+        return {name: value.cpu() for name, value in plain.state_dict().items()}
+
+    def _driven(self, network: nn.Module) -> nn.Module:
+        return driven(network, self.latent_dim, self.labels, self.latents)
 
     def _shape(self, network: nn.Module) -> tuple[int, ...]:
         return tuple(generate(network, 2, latent_dim=self.latent_dim).shape[1:])

@@ -8,12 +8,13 @@ generators themselves.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
+from fl_wb.generators.latents import mixed
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
 
@@ -44,6 +45,8 @@ class Upload:
         Of the generator's arrays.
     nodes
         How many it stands for.
+    labels
+        How often its data has each label, of sum 1; empty if it does not say.
     """
 
     key: str
@@ -52,6 +55,7 @@ class Upload:
     weight: float
     digest: str
     nodes: int = 1
+    labels: tuple[float, ...] = ()
 
 
 class Uploads:
@@ -74,9 +78,9 @@ class Uploads:
         return dict(self._of)
 
     @property
-    def made_of(self) -> list[tuple[str, float, str]]:
-        """Key, weight and digest of what there is to merge, in its order."""
-        return [(upload.key, upload.weight, upload.digest) for upload in self.ordered()]
+    def made_of(self) -> list[tuple[str, float, str, tuple[float, ...]]]:
+        """Key, weight, digest and labels of what there is to merge, in its order."""
+        return [(each.key, each.weight, each.digest, each.labels) for each in self.ordered()]
 
     def ordered(self) -> list[Upload]:
         """Return what to merge, in an order that no network delay can change."""
@@ -107,8 +111,11 @@ class Uploads:
         server_round: int,
         arrived: dict[int, tuple[float, str, State]],
         connected: Collection[int] = (),
+        labels: Mapping[int, tuple[float, ...]] | None = None,
     ) -> None:
         """Keep what nodes sent in a round: weight, digest of the generator, arrays, by node id.
+
+        And how often they have each label, of those that say it.
 
         A node keeps its place; those that are new come behind, the heaviest first. Who sends, bit
         for bit, the generator of a node that is not connected is that node under a new id.
@@ -121,9 +128,10 @@ class Uploads:
         places = {node: upload.place for node, upload in self._of.items()}
         places |= {node: last + 1 + k for k, node in enumerate(new)}
         for node, (weight, name, state) in arrived.items():
-            before = self._of.get(node)
-            self.changed |= before is None or (before.weight, before.digest) != (weight, name)
-            self._of[node] = Upload(str(node), server_round, places[node], weight, name)
+            before, often = self._of.get(node), (labels or {}).get(node, ())
+            now = Upload(str(node), server_round, places[node], weight, name, labels=often)
+            self.changed |= before is None or replace(before, round=now.round, key=now.key) != now
+            self._of[node] = now
             self._keep(str(node), state)
 
     def _rename(
@@ -178,6 +186,7 @@ class Uploads:
             weight=sum(part.weight for part in parts),
             digest=digest(state),
             nodes=sum(part.nodes for part in parts),
+            labels=mixed([(part.weight, part.labels) for part in parts]),
         )
         for node in gone:
             self.drop(node)

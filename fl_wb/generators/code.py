@@ -1,6 +1,7 @@
 """The code: the cells of several measures in one latent space, as a binary tree over coordinates.
 
-Ours; not in the paper. With u = Phi(z), a node at depth d cuts coordinate d (modulo the latent's
+Ours; not in the paper. With u = Phi(z), or what makes uniform numbers of latents of another law
+(`fl_wb.generators.latents`), a node at depth d cuts coordinate d (modulo the latent's
 dimension) at p = mass(left) / mass(node). To the left of the cut u_d becomes u_d / p, to the right
 (u_d - p) / (1 - p), so that the latents of a leaf, its *cell*, are again N(0, I). Where cell k uses
 map G_k, the push-forward of the whole is sum_k lambda_k mu_k itself.
@@ -20,11 +21,10 @@ from heapq import heapify, heappop, heappush
 import torch
 from torch import Tensor
 
+from fl_wb.generators.latents import Latents
+
 Map = Callable[[Tensor], Tensor]
 """Latents (n, latent_dim) to samples (n, ...)."""
-
-TAIL = 1e-9
-"""Phi rounds to 0 or 1 in the far tails, where its inverse is infinite."""
 
 
 class Code:
@@ -53,45 +53,58 @@ class Code:
         """Return the number of cells."""
         return len(self.shares)
 
-    def place(self, z: Tensor, weights: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+    def place(
+        self,
+        z: Tensor,
+        weights: Sequence[float] | None = None,
+        latents: Latents | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return each latent's cell (n,), and where in it the latent lies: (n, latent_dim).
 
         With ``weights``, >= 0 and one a cell, the cells have these shares of the latents instead.
+        These are N(0, I), or of the law ``latents``.
         """
+        law = latents or Latents(z.shape[1])
         children, ratio, _ = self._tree(weights, z.device)
-        # float64: a float's Phi has too few digits for the inverse in the tails
-        u, cut = torch.special.ndtr(z.double()), torch.zeros_like(z, dtype=torch.bool)
         node = torch.zeros(len(z), dtype=torch.long, device=z.device)
         if len(self) == 1:
             return node, z
+        u, cut, free = law.uniforms(z), torch.zeros_like(z, dtype=torch.bool), law.free
         for depth in range(self._paths.shape[1]):
             inside = node >= 0
-            at = node.clamp(min=0)
-            column, p = u[:, depth % z.shape[1]], ratio[at]
+            at, here = node.clamp(min=0), free[depth % len(free)]
+            column, p = u[:, here], ratio[at]
             right = column >= p
             inner = torch.where(right, (column - p) / (1 - p), column / p)
-            u[:, depth % z.shape[1]] = torch.where(inside, inner, column)
-            cut[:, depth % z.shape[1]] |= inside
+            u[:, here] = torch.where(inside, inner, column)
+            cut[:, here] |= inside
             node = torch.where(inside, children[at, right.long()], node)
-        return ~node, _moved(z, u, cut)
+        return ~node, torch.where(cut, law.rows(u).to(z.dtype), z)
 
-    def embed(self, cell: Tensor, z: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    def embed(
+        self,
+        cell: Tensor,
+        z: Tensor,
+        weights: Sequence[float] | None = None,
+        latents: Latents | None = None,
+    ) -> Tensor:
         """Return the latents (n, latent_dim) that `place` finds at z (n, latent_dim) of cells (n,).
 
         A cell of weight 0 has none; what is returned for it lies on its border.
         """
         if len(self) == 1:
             return z
+        law = latents or Latents(z.shape[1])
         _, ratio, paths = self._tree(weights, z.device)
-        u, cut = torch.special.ndtr(z.double()), torch.zeros_like(z, dtype=torch.bool)
+        u, cut, free = law.uniforms(z), torch.zeros_like(z, dtype=torch.bool), law.free
         for depth in reversed(range(paths.shape[1])):
             step = paths[cell, depth]  # 2 node + side, or -1 below the leaf
-            inside = step >= 0
-            column, p = u[:, depth % z.shape[1]], ratio[step.clamp(min=0) // 2]
+            inside, here = step >= 0, free[depth % len(free)]
+            column, p = u[:, here], ratio[step.clamp(min=0) // 2]
             outer = torch.where(step % 2 == 1, p + (1 - p) * column, p * column)
-            u[:, depth % z.shape[1]] = torch.where(inside, outer, column)
-            cut[:, depth % z.shape[1]] |= inside
-        return _moved(z, u, cut)
+            u[:, here] = torch.where(inside, outer, column)
+            cut[:, here] |= inside
+        return torch.where(cut, law.rows(u).to(z.dtype), z)
 
     def branches(self, depth: int) -> Tensor:
         """Return which branch (K,) each cell is on, of those into which `depth` cuts part all."""
@@ -101,16 +114,16 @@ class Code:
         last = (steps >= 0).sum(1, keepdim=True) - 1
         return steps.gather(1, last).squeeze(1)
 
-    def recode(self, z: Tensor, weights: Sequence[float]) -> Tensor:
-        """Move z ~ N(0, I) so that cell k gets weights[k] of the latents, distributed as before."""
-        return self.embed(*self.place(z, weights))
+    def recode(self, z: Tensor, weights: Sequence[float], latents: Latents | None = None) -> Tensor:
+        """Move latents so that cell k gets weights[k] of them, distributed as before."""
+        return self.embed(*self.place(z, weights, latents), latents=latents)
 
-    def mix(self, maps: Sequence[Map], z: Tensor) -> Tensor:
+    def mix(self, maps: Sequence[Map], z: Tensor, latents: Latents | None = None) -> Tensor:
         """Evaluate the exact mixture of maps, one a cell, at latents z (n, latent_dim).
 
         A map that gets no latent is not called.
         """
-        cell, inner = self.place(z)
+        cell, inner = self.place(z, latents=latents)
         order = cell.argsort(stable=True)
         found, counts = cell[order].unique_consecutive(return_counts=True)
         parts = inner[order].split(counts.tolist())
@@ -173,8 +186,3 @@ def _paths(children: Tensor, cells: int) -> Tensor:
     depth = max(map(len, ways.values()), default=0)
     rows = [ways[k] + [-1] * (depth - len(ways[k])) for k in range(cells)] if ways else [[]]
     return torch.tensor(rows, dtype=torch.long).reshape(cells, depth)
-
-
-def _moved(z: Tensor, u: Tensor, cut: Tensor) -> Tensor:
-    """Return Phi^-1(u) where a coordinate was cut, and z itself where none was."""
-    return torch.where(cut, torch.special.ndtri(u.clamp(TAIL, 1 - TAIL)).to(z.dtype), z)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.generators.code import code_of
-from fl_wb.generators.sampling import latent_dim_of
+from fl_wb.generators.sampling import latents_of
 
 _SHARES = "shares"
 
@@ -39,14 +39,16 @@ class Mixture(nn.Module):
         latent_dim: int | None = None,
     ) -> None:
         super().__init__()
-        self.latent_dim = latent_dim_of(generators[0], latent_dim)
+        self.latents = latents_of(generators[0], latent_dim)
+        self.latent_dim = self.latents.dim
         self.generators = nn.ModuleList(generators)
         shares = torch.tensor([1.0] * len(generators) if weights is None else list(weights))
         self.register_buffer(_SHARES, shares / shares.sum())
 
     def forward(self, z: Tensor) -> Tensor:
         """Map latents (n, latent_dim) to samples (n, ...)."""
-        return code_of(tuple(self.shares.tolist())).mix(list(self.generators), z)
+        code = code_of(tuple(self.shares.tolist()))
+        return code.mix(list(self.generators), z, self.latents)
 
 
 def states_as_mixture(states: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:

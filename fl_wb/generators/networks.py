@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fl_wb.generators.sampling import latent_dim_of
+
 SLOPE = 0.2  # of the critics' LeakyReLU
 
 
@@ -106,6 +108,29 @@ class DCGANGenerator(nn.Module):
         return images
 
 
+class ConditionalGenerator(nn.Module):
+    """A shipped generator that is also told a label: as numbers behind the latents, 1 at its own.
+
+    Parameters
+    ----------
+    generator : nn.Module
+        Of latents (n, latent_dim + labels).
+    labels : int
+        How many labels there are.
+    """
+
+    def __init__(self, generator: nn.Module, labels: int) -> None:
+        super().__init__()
+        self.generator, self.labels = generator, labels
+        self.latent_dim = latent_dim_of(generator) - labels
+
+    def forward(self, z: Tensor, label: Tensor) -> Tensor:
+        """Map latents (n, latent_dim) and labels (n,) of int64 to samples (n, *shape)."""
+        one_hot = nn.functional.one_hot(label, self.labels).to(z)
+        samples: Tensor = self.generator(torch.cat([z, one_hot], 1))
+        return samples
+
+
 class MLPCritic(nn.Module):
     """Fully connected critic. No normalisation: the penalty is on each sample's own gradient."""
 
@@ -168,7 +193,12 @@ CRITICS: dict[str, Callable[..., nn.Module]] = {"mlp": MLPCritic, "dcgan": DCGAN
 
 
 def make_generator(
-    name: str, shape: Sequence[int], *, latent_dim: int = 32, width: int | None = None
+    name: str,
+    shape: Sequence[int],
+    *,
+    latent_dim: int = 32,
+    width: int | None = None,
+    labels: int | None = None,
 ) -> nn.Module:
     """Build a shipped generator by name.
 
@@ -181,15 +211,18 @@ def make_generator(
         Dimension of z.
     width : int, optional
         Hidden units (mlp) or channels (conv, dcgan); the network's own default if None.
+    labels : int, optional
+        Make a `ConditionalGenerator` of so many labels.
 
     Raises
     ------
     ValueError
         If the name is unknown or the shape does not suit the network.
     """
-    return _build(GENERATORS, "generator", name)(
-        shape, latent_dim=latent_dim, **({} if width is None else {"width": width})
+    made = _build(GENERATORS, "generator", name)(
+        shape, latent_dim=latent_dim + (labels or 0), **({} if width is None else {"width": width})
     )
+    return made if labels is None else ConditionalGenerator(made, labels)
 
 
 def make_critic(name: str, shape: Sequence[int], *, width: int | None = None) -> nn.Module:

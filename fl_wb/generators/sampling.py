@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from fl_wb.generators.latents import Draw, Driven, Latents, frequencies, law_of
+
+Labels = int | Sequence[float] | None
+"""How many labels a generator takes, or how often each is drawn; None: it takes none."""
 
 
 def check_factory(name: str, factory: object) -> None:
@@ -36,6 +41,39 @@ def latent_dim_of(generator: nn.Module, latent_dim: int | None = None) -> int:
     return found
 
 
+def latents_of(generator: nn.Module, latent_dim: int | None = None) -> Latents:
+    """Return what a generator of one tensor is called with: what it says itself, or N(0, I).
+
+    Raises
+    ------
+    ValueError
+        If nobody says how many coordinates that has.
+    """
+    own = getattr(generator, "latents", None)
+    return own if isinstance(own, Latents) else Latents(latent_dim_of(generator, latent_dim))
+
+
+def driven(
+    generator: nn.Module,
+    latent_dim: int | None = None,
+    labels: Labels = None,
+    latents: str | Draw = "normal",
+) -> nn.Module:
+    """Return a generator as one of one tensor, whose law `latents_of` tells; see `Driven`.
+
+    What is one already, or takes N(0, I) alone, is returned as it is; `undriven` is the way back.
+    """
+    law, often = law_of(latents), frequencies(labels)
+    if isinstance(getattr(generator, "latents", None), Latents) or (law == "normal" and not often):
+        return generator
+    return Driven(generator, Latents(latent_dim_of(generator, latent_dim), law, often))
+
+
+def undriven(made: nn.Module, given: nn.Module) -> nn.Module:
+    """Return what became of a generator in the form in which it was given."""
+    return made.generator if isinstance(made, Driven) and not isinstance(given, Driven) else made
+
+
 @contextmanager
 def sampling(generator: nn.Module) -> Iterator[nn.Module]:
     """Put a generator in the mode in which it is sampled (eval, no graph), then restore it.
@@ -58,20 +96,83 @@ def generate(
     *,
     seed: int = 0,
     latent_dim: int | None = None,
+    labels: Labels = None,
+    latents: str | Draw = "normal",
     batch_size: int = 1000,
 ) -> Tensor:
     """Draw n samples from a generator, the same for the same seed.
+
+    Parameters
+    ----------
+    generator : nn.Module
+        Maps latents (n, latent_dim) to samples (n, ...); or these and labels (n,) of int64.
+    n, seed : int
+        How many, and which.
+    latent_dim : int, optional
+        For a generator without the attribute.
+    labels : int or sequence of float, optional
+        Of a conditional generator: how many labels there are, or how often each is drawn.
+    latents : {"normal", "uniform", "uniform(-1,1)"} or callable
+        The law of the latents; a callable draws n of them with a ``torch.Generator``.
+    batch_size : int
+        Latents that the generator is called with at a time.
 
     Returns
     -------
     Tensor
         Samples (n, ...) on the CPU.
     """
-    dim, device = latent_dim_of(generator, latent_dim), device_of(generator)
-    rng = torch.Generator().manual_seed(seed)
-    z = torch.randn(n, dim, generator=rng)
+    return generate_rows(
+        driven(generator, latent_dim, labels, latents),
+        n,
+        seed=seed,
+        latent_dim=latent_dim,
+        batch_size=batch_size,
+    )[1]
+
+
+def generate_rows(
+    generator: nn.Module,
+    n: int,
+    *,
+    seed: int = 0,
+    latent_dim: int | None = None,
+    batch_size: int = 1000,
+) -> tuple[Tensor, Tensor]:
+    """Draw what a generator of one tensor is called with, (n, width), and the samples it makes."""
+    law, device = latents_of(generator, latent_dim), device_of(generator)
+    rows = law.draw(n, torch.Generator().manual_seed(seed))
     with sampling(generator):
-        return torch.cat([generator(part.to(device)).cpu() for part in z.split(batch_size)])
+        made = [generator(part.to(device)).cpu() for part in rows.split(batch_size)]
+    return rows, torch.cat(made)
+
+
+def check_function(generator: nn.Module, rows: Tensor) -> None:
+    """Refuse a generator of one tensor whose samples come of more than their rows (n, width).
+
+    Labels that it draws itself would be such a thing: nobody could learn what it makes. Samples
+    that hang on those beside them, as batch statistics have it, pass.
+
+    Raises
+    ------
+    ValueError
+        If it makes other samples when it is called again, or of the same rows in another order.
+    """
+    with torch.random.fork_rng(), sampling(generator):
+        samples, again = generator(rows), generator(rows)
+        turned = generator(rows.flip(0)).flip(0)
+    scale = float(samples.nan_to_num().abs().max())  # what is not finite, others refuse
+    if not torch.allclose(samples, again, rtol=0, atol=1e-4 * scale, equal_nan=True):
+        raise ValueError(
+            "the generator makes other samples of the same latents when it is called again: all "
+            "that is random must come from its latents (no dropout or noise in eval mode, and no "
+            "labels that it draws itself: those it is given, see labels=)"
+        )
+    if not torch.allclose(samples, turned, rtol=0, atol=1e-3 * scale, equal_nan=True):
+        raise ValueError(
+            "the generator makes of a latent what its place in the batch says (labels in turn, "
+            "perhaps): a sample must be a function of its latent, or of that and a label (labels=)"
+        )
 
 
 def check_real(samples: object, made: Tensor, what: str = "the samples") -> None:

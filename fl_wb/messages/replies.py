@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from fl_wb.generators.latents import frequencies
 from fl_wb.messages import keys
 from fl_wb.messages.records import InvalidUpload, to_tensors
 
@@ -67,6 +68,19 @@ def weight(content: RecordDict, key: str) -> float:
         return float(value)
     except OverflowError as error:
         raise InvalidUpload(f"its weight {key!r} is no floating number") from error
+
+
+def labels(content: RecordDict, number: int | None) -> tuple[float, ...]:
+    """Return how often a node has each of so many labels, of sum 1; empty if it does not say."""
+    counts = metrics(content).get(keys.LABELS)
+    if number is None or counts is None:
+        return ()
+    if not isinstance(counts, list) or len(counts) != number or not all(map(is_figure, counts)):
+        raise InvalidUpload(f"its {keys.LABELS!r} are no list of {number} numbers")
+    try:
+        return frequencies(counts)
+    except ValueError as error:
+        raise InvalidUpload(f"its {keys.LABELS!r}: {error}") from None
 
 
 def model(content: RecordDict) -> ArrayRecord:

@@ -5,18 +5,18 @@ Imports `generators`, `persistence` and `transport`.
 
 from __future__ import annotations
 
+from fl_wb.metrics.augmentation import augmentation
+from fl_wb.metrics.evaluation import Evaluation, evenly
 from fl_wb.metrics.features import Features, inception_features, train_features
 from fl_wb.metrics.figures import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
-    Evaluation,
     Reference,
     compare,
     coverage,
     density,
     energy_distance,
     evaluate,
-    evenly,
     frechet_distance,
     kernel_distance,
     memorization,
@@ -28,6 +28,7 @@ __all__ = [
     "Evaluation",
     "Features",
     "Reference",
+    "augmentation",
     "compare",
     "coverage",
     "density",

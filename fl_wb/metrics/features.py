@@ -20,6 +20,7 @@ from fl_wb.persistence.tensor_files import digest
 
 DIMENSION = 48  # features; few enough that a covariance of some 500 samples is well-conditioned
 BATCH = 64
+STEPS = 1500  # of training, about
 MLP_PIXELS = 256  # samples up to this many numbers get an MLP, larger images a CNN
 _cache: dict[tuple[str, int], Features] = {}
 
@@ -35,8 +36,15 @@ class Features:
         Share of samples it had not trained on that it classifies right; nan where none were kept.
     """
 
-    def __init__(self, module: nn.Module, accuracy: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        accuracy: float,
+        head: nn.Module | None = None,
+        classes: Tensor | None = None,
+    ) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self._head, self._classes = head, classes
         self.digest = digest(self.module.state_dict())
         self.accuracy = accuracy
 
@@ -44,6 +52,24 @@ class Features:
         """Map samples (n, ...) to features (n, d) on the CPU."""
         with torch.no_grad():
             return torch.cat([self.module(part) for part in samples.cpu().float().split(1000)])
+
+    @property
+    def classifies(self) -> bool:
+        """Whether these are of a classifier that was trained on the domain's classes."""
+        return self._head is not None
+
+    def classify(self, samples: Tensor) -> Tensor:
+        """Return the classes (n,) of samples (n, ...), as the labels of the training named them.
+
+        Raises
+        ------
+        ValueError
+            If these are features of no classifier of the domain.
+        """
+        if self._head is None or self._classes is None:
+            raise ValueError("these features know no classes: train_features does")
+        with torch.no_grad():
+            return self._classes[self._head(self(samples)).argmax(1)]
 
 
 def train_features(samples: Tensor, labels: Tensor, *, seed: int = 0) -> Features:
@@ -125,17 +151,39 @@ def _train(samples: Tensor, labels: Tensor, seed: int) -> Features:
     held, rest = torch.randperm(len(samples), generator=rng).tensor_split(
         [max(len(samples) // 10, 1)]
     )
+    batches = math.ceil(len(rest) / BATCH)
+    # Some 1,500 steps are enough; large data are still seen five times, small ones 60 times.
+    epochs = min(max(STEPS // batches, 5), 60)
+    body, head = fit_classifier(samples[rest], targets[rest], len(classes), epochs, rng, seed)
+    with torch.no_grad():
+        right = (head(body(samples[held])).argmax(1) == targets[held]).float().mean()
+        # Variance 1 on average: otherwise Frechet distance and KID (a cubic kernel) would depend on
+        # how confident the classifier happened to become. ReLU lets the scale pass.
+        scale = body(samples[rest]).var(0, correction=0).mean().sqrt().clamp(min=1e-6)
+        body[-2].weight /= scale
+        body[-2].bias /= scale
+        head.weight *= scale
+    return Features(body, float(right), head.requires_grad_(False), classes)
+
+
+def fit_classifier(
+    samples: Tensor, targets: Tensor, classes: int, epochs: int, rng: torch.Generator, seed: int
+) -> tuple[nn.Sequential, nn.Linear]:
+    """Train a small classifier of samples (n, ...), in [-1, 1], with targets (n,) < classes.
+
+    Returns its body, which makes `DIMENSION` features, and its last layer, in eval mode; `rng`
+    orders the batches, the seed is of the initial weights.
+    """
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers alone
         torch.manual_seed(seed)
         body = _network(samples.shape[1:])
-        model = nn.Sequential(body, nn.Linear(DIMENSION, len(classes)))
-    batches = math.ceil(len(rest) / BATCH)
-    # Some 1,500 steps are enough; large data are still seen five times, small ones 60 times.
-    epochs = min(max(1500 // batches, 5), 60)
+        head = nn.Linear(DIMENSION, classes)
+    model = nn.Sequential(body, head)
+    batches = math.ceil(len(samples) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * batches)
     for _ in range(epochs):
-        for batch in rest[torch.randperm(len(rest), generator=rng)].split(BATCH):
+        for batch in torch.randperm(len(samples), generator=rng).split(BATCH):
             # No label smoothing: it draws each class together and hides variety within it.
             loss = nn.functional.cross_entropy(model(samples[batch]), targets[batch])
             optimizer.zero_grad()
@@ -143,14 +191,7 @@ def _train(samples: Tensor, labels: Tensor, seed: int) -> Features:
             optimizer.step()
             schedule.step()
     model.eval()
-    with torch.no_grad():
-        right = (model(samples[held]).argmax(1) == targets[held]).float().mean()
-        # Variance 1 on average: otherwise Frechet distance and KID (a cubic kernel) would depend on
-        # how confident the classifier happened to become. ReLU lets the scale pass.
-        scale = body(samples[rest]).var(0, correction=0).mean().sqrt().clamp(min=1e-6)
-        body[-2].weight /= scale
-        body[-2].bias /= scale
-    return Features(body, float(right))
+    return body, head
 
 
 def _network(shape: Sequence[int]) -> nn.Sequential:

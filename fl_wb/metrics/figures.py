@@ -14,22 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from fl_wb.generators.sampling import check_real, generate
+from fl_wb.generators.latents import Draw
+from fl_wb.generators.sampling import Labels, check_real, driven, generate, generate_rows
 from fl_wb.metrics.features import Features, inception_features, train_features
 from fl_wb.metrics.sample_sets import Samples, SampleSet, as_set, kid_kernel, over_pairs, rows_of
-from fl_wb.settings import Settings, at_least
 from fl_wb.transport import wasserstein1
 
 __all__ = [
     "HIGHER_IS_BETTER",
     "LOWER_IS_BETTER",
-    "Evaluation",
     "Features",
     "Reference",
     "compare",
@@ -45,44 +42,9 @@ __all__ = [
 ]
 
 LOWER_IS_BETTER = ("w1", "frechet", "kid", "energy")
-HIGHER_IS_BETTER = ("density", "coverage", "memorization")
+HIGHER_IS_BETTER = ("density", "coverage", "memorization", RIGHT := "right-labels", "accuracy")
 
 DRAWS = 20  # held-out sets that the memorization ratio is averaged over
-
-
-@dataclass
-class Evaluation(Settings):
-    """How a target compares its generators with held-out samples.
-
-    Attributes
-    ----------
-    most
-        Of the held-out samples that are compared with, taken evenly from all of them: exact W1
-        takes cubic time. Over the choice of 2,000 of MNIST's, W1 spreads by 0.3%, the energy
-        distance by 1.3% and coverage by 0.016 (``python -m benchmarks.sample_sizes``); of 500 by
-        two to three times as much in W1 and energy, and 4,000 take four times as long.
-    samples
-        That a generator draws; None: as many as are compared with.
-    draws
-        Of so many samples, whose figures are averaged.
-    bank
-        Whether the raw variation bank, which needs no training, is evaluated too.
-    snapshots
-        How often the generator is evaluated during its adaptation, for a plot of convergence.
-    """
-
-    most: Annotated[int, at_least(2)] = 2000
-    samples: Annotated[int, at_least(2)] | None = None
-    draws: Annotated[int, at_least(1)] = 1
-    bank: bool = False
-    snapshots: Annotated[int, at_least(0)] = 0
-
-
-def evenly(samples: Tensor, most: int) -> Tensor:
-    """Return at most so many samples, taken evenly from all: also fair where they are sorted."""
-    if len(samples) <= most:
-        return samples
-    return samples[torch.arange(most) * len(samples) // most]
 
 
 def evaluate(
@@ -94,6 +56,8 @@ def evaluate(
     n: int | None = None,
     seed: int = 0,
     latent_dim: int | None = None,
+    labels: Labels = None,
+    latents: str | Draw = "normal",
 ) -> dict[str, float]:
     """Compare a generator with held-out real samples.
 
@@ -115,19 +79,23 @@ def evaluate(
         Of the latents.
     latent_dim : int, optional
         For a generator without the attribute ``latent_dim``.
+    labels, latents : optional
+        As in `fl_wb.generators.sampling.generate`.
 
     Returns
     -------
     dict[str, float]
         As `compare` returns it.
     """
+    generator = driven(generator, latent_dim, labels, latents)
     made = generate(generator, 2, seed=seed, latent_dim=latent_dim)
     for name, real in (("real", samples), ("few", few)):
         if real is not None:
             check_real(real, made, f"the {name} samples")
     count = len(samples) if n is None else n
-    generated = generate(generator, count, seed=seed, latent_dim=latent_dim)
-    return compare(generated, samples, few=few, features=features)
+    rows, generated = generate_rows(generator, count, seed=seed, latent_dim=latent_dim)
+    wanted = None if labels is None else rows[:, -1].long()
+    return compare(generated, samples, few=few, features=features, labels=wanted)
 
 
 def compare(
@@ -136,8 +104,11 @@ def compare(
     *,
     few: Tensor | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
+    labels: Tensor | None = None,
 ) -> dict[str, float]:
     """Compare generated samples (n, ...) with held-out real ones (m, ...); see `evaluate`.
+
+    Those of a conditional generator have ``labels`` (n,), the ones that it was asked for.
 
     Returns
     -------
@@ -145,14 +116,15 @@ def compare(
         ``w1``, ``energy``: exact Wasserstein-1 and unbiased energy distance of flattened samples;
         ``frechet``, ``kid``, ``density``, ``coverage``: of features; ``memorization``: nan without
         ``few``. Lower is better for the first four, higher for the last three (density and
-        memorization are about 1 at best).
+        memorization are about 1 at best). Where there are labels, and features of a classifier
+        (`train_features`), ``right-labels``: the share that it takes for what was asked for.
 
     Raises
     ------
     ValueError
         If a set is empty, shapes differ or values are not finite.
     """
-    return Reference(samples, few=few, features=features).compare(generated)
+    return Reference(samples, few=few, features=features).compare(generated, labels)
 
 
 class Reference:
@@ -181,12 +153,12 @@ class Reference:
         self._real = SampleSet(samples)
         self._features = self._features_of(samples, self._real)
 
-    def compare(self, generated: Tensor) -> dict[str, float]:
+    def compare(self, generated: Tensor, labels: Tensor | None = None) -> dict[str, float]:
         """Compare generated samples (n, ...) with the real ones; see `compare`."""
         self._check("generated", generated)
         x, y = SampleSet(generated), self._real
         fx, fy = self._features_of(generated, x), self._features
-        return {
+        figures = {
             "w1": wasserstein1(x.rows, y.rows),
             "frechet": frechet_distance(fx, fy),
             "kid": kernel_distance(fx, fy),
@@ -195,6 +167,10 @@ class Reference:
             "coverage": coverage(fx, fy),
             "memorization": math.nan if self._few is None else memorization(x, self._few, y),
         }
+        if labels is not None and isinstance(self._map, Features) and self._map.classifies:
+            right = self._map.classify(generated) == labels.cpu()
+            figures[RIGHT] = float(right.double().mean())
+        return figures
 
     def _features_of(self, samples: Tensor, flattened: SampleSet) -> SampleSet:
         return flattened if self._map is None else SampleSet(self._map(samples))

@@ -3,10 +3,8 @@
     from numpy_reader import PackedGenerator
     samples = PackedGenerator("target-0.flwb", shape=(1, 8, 8)).samples(16, seed=0)
 
-It runs the networks that FL-WB ships ("mlp", "conv", "dcgan"), with other weights of their sources,
-too (`fl_wb.generators.reweighted`). The format is documented in
-docs/ternary-format.md; `fl_wb.ternary.packing` reads files by the same `parse` where torch is at
-hand. Nothing of FL-WB is imported here, on purpose.
+It runs the networks that FL-WB ships ("mlp", "conv", "dcgan"), conditional and reweighted ones too.
+docs/ternary-format.md has the format. Nothing of FL-WB is imported here, on purpose.
 """
 
 from __future__ import annotations
@@ -23,15 +21,14 @@ from typing import Any
 
 import numpy as np
 
-MAGIC, VERSION = b"FLWBTERN", 2
+MAGIC, VERSION = b"FLWBTERN", 3
 NETWORKS = ("MLPGenerator", "ConvGenerator", "DCGANGenerator")
-EPSILON = 1e-5  # of torch's batch normalisation
-PREFIX = struct.Struct("<8sII")
-_SHA = 32
-_BYTES = {"float32": 4, "float64": 8, "int64": 8}
-_MOST_PLANES = 3
-_MOST_CELLS = 1024  # few enough for a tree of any shape
-_TAIL = 1e-9  # of Phi, as in fl_wb.generators.code
+EPSILON, PREFIX = 1e-5, struct.Struct("<8sII")  # of torch's batch normalisation; of a file
+CODE, GATE = ("shares", "weights"), ("gate.first", "gate.second", "gate.third")
+_BYTES = {"float16": 2, "float32": 4, "float64": 8, "int64": 8}
+_SHA, _MOST_PLANES, _MOST_CELLS = 32, 3, 1024  # few enough for a tree of any shape
+_TAIL = 1e-9  # of Phi, as in fl_wb.generators.latents
+ENDS = {"uniform": (0.0, 1.0), "uniform(-1,1)": (-1.0, 1.0)}  # of laws of latents but the normal
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -48,44 +45,48 @@ class PackedGenerator:
     path : str or Path
         The packed file.
     shape : sequence of int
-        Shape of one sample, (c, h, w).
-
-    Raises
-    ------
-    PackedFileError
-        If the file is damaged, or its network is none that this file can run at that shape.
+        Shape of one sample, (c, h, w); `PackedFileError` where the file holds no such network.
     """
 
     def __init__(self, path: str | Path, shape: Sequence[int]) -> None:
-        network, arrays = parse(Path(path).read_bytes())
+        network, arrays, (self.latents, self.labels) = parse(Path(path).read_bytes())
         if network not in NETWORKS:
             raise PackedFileError(f"{path} holds a {network!r}, not one of {', '.join(NETWORKS)}")
         self.shape = tuple(shape)
         layers: dict[int, dict[str, Array]] = {}
         self._code = code_in(arrays)
+        self._gate = [arrays[name] for name in GATE if self._code and name in arrays]
         try:
             for name, array in arrays.items():
-                if self._code and name in CODE:
+                if self._code and name in (*CODE, *GATE):
                     continue
-                *_, index, key = name.removeprefix("generator.").split(".")
+                *_, index, key = name.split(".")
                 layers.setdefault(int(index), {})[key] = array
             self._layers = [layers[index] for index in sorted(layers)]
-            self.latent_dim = int(self._layers[0]["weight"].shape[1])
-            made = self(np.zeros((1, self.latent_dim), np.float32)).shape
+            self.latent_dim = int(self._layers[0]["weight"].shape[1]) - self.labels
+            made = self(np.zeros((1, self.latent_dim), np.float32), [0]).shape
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise PackedFileError(f"{path} holds no {network} of {self.shape}: {error}") from None
         if made != (1, *self.shape):
             raise PackedFileError(f"{path} makes samples {made[1:]}, not {self.shape}")
 
-    def samples(self, n: int, *, seed: int = 0) -> Array:
-        """Draw n samples in [-1, 1], (n, *shape) float32."""
-        z = np.random.default_rng(seed).standard_normal((n, self.latent_dim), np.float32)
-        return self(z)
+    def samples(self, n: int, *, seed: int = 0, labels: Sequence[int] | None = None) -> Array:
+        """Draw n samples in [-1, 1], (n, *shape) float32; of all labels in turn, or of these n."""
+        rng, size = np.random.default_rng(seed), (n, self.latent_dim)
+        if self.latents == "normal":
+            return self(rng.standard_normal(size, np.float32), labels)
+        if self.latents == "own":
+            raise ValueError("its latents have a law of their own: draw them, and call this")
+        return self(rng.uniform(*ENDS[self.latents], size).astype(np.float32), labels)
 
-    def __call__(self, z: Array) -> Array:
-        """Map latents (n, latent_dim) to samples (n, *shape)."""
+    def __call__(self, z: Array, labels: Sequence[int] | None = None) -> Array:
+        """Map latents (n, latent_dim), and labels if there are any, to samples (n, *shape)."""
         convolutions = sum(layer["weight"].ndim == 4 for layer in self._layers)
-        x = recoded(z, *self._code) if self._code else z
+        x = chosen(z, self._gate) if self._gate else z
+        x = self._recoded(x, *self._code) if self._code else x
+        if self.labels:
+            wanted = np.arange(len(z)) % self.labels if labels is None else labels
+            x = np.concatenate([x, np.eye(self.labels, dtype=np.float32)[wanted]], axis=1)
         for layer in self._layers:
             weight = layer["weight"]
             if weight.ndim == 1:  # a normalisation, which ReLU follows in every shipped network
@@ -99,15 +100,19 @@ class PackedGenerator:
                 x = x.reshape(len(x), -1, *coarse)
         return np.tanh(x).reshape(len(z), *(self.shape if x.ndim == 2 else x.shape[1:]))
 
+    def _recoded(self, z: Array, shares: Array, weights: Array) -> Array:
+        if self.latents not in ENDS:
+            return recoded(z, shares, weights)
+        low, high = ENDS[self.latents]  # by way of N(0, I)
+        u = np.clip((z.astype(np.float64) - low) / (high - low), _TAIL, 1 - _TAIL)
+        moved = _phi(recoded(_inverse_phi(u), shares, weights))
+        return np.asarray(low + (high - low) * moved, z.dtype)
 
-def parse(data: bytes) -> tuple[str, dict[str, Array]]:
-    """Return the network's name and its arrays by name.
 
-    Raises
-    ------
-    PackedFileError
-        If the bytes are damaged or of another version. Nothing is allocated before the checksum
-        and every declared size agree with the data.
+def parse(data: bytes) -> tuple[str, dict[str, Array], tuple[str, int]]:
+    """Return the network's name, its arrays by name, its latents' law and the number of labels.
+
+    Nothing is allocated before the checksum and every declared size agree with the data.
     """
     if len(data) < PREFIX.size + _SHA or data[: len(MAGIC)] != MAGIC:
         raise PackedFileError("it is no packed ternary generator, or is cut off at the start")
@@ -115,11 +120,14 @@ def parse(data: bytes) -> tuple[str, dict[str, Array]]:
     if hashlib.sha256(body).digest() != data[-_SHA:]:
         raise PackedFileError("its checksum does not agree: it is truncated or was altered")
     _, version, length = PREFIX.unpack_from(data)
-    if version not in (1, VERSION):
-        raise PackedFileError(f"it has version {version}; this program reads 1 and {VERSION}")
+    if not 1 <= version <= VERSION:
+        raise PackedFileError(f"it has version {version}; this program reads 1 to {VERSION}")
     try:
         header = json.loads(bytes(body[PREFIX.size : PREFIX.size + length]))
         entries = [_entry(entry) for entry in header["tensors"]]
+        law, labels = str(header.get("latents", "normal")), header.get("labels", 0)
+        if law not in ("normal", *ENDS, "own") or type(labels) is not int or labels < 0:
+            raise ValueError(f"latents {law[:40]!r}, labels {str(labels)[:40]}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise PackedFileError(f"its header cannot be read: {error}") from None
     payload = body[PREFIX.size + length :]
@@ -138,7 +146,7 @@ def parse(data: bytes) -> tuple[str, dict[str, Array]]:
             raise PackedFileError(f"{name} holds a code that is no ternary weight")
         signs = np.array([0, 1, -1], np.int8)[codes].reshape(len(alphas), -1)
         arrays[name] = planes_sum(alphas, signs[:, : math.prod(shape)]).reshape(shape)
-    return str(header.get("network")), arrays
+    return str(header.get("network")), arrays, (law, labels)
 
 
 def planes_sum(alphas: Sequence[float], signs: Array) -> Array:
@@ -149,29 +157,15 @@ def planes_sum(alphas: Sequence[float], signs: Array) -> Array:
     return total
 
 
-CODE = ("shares", "weights")
-
-
 def code_in(arrays: dict[str, Array]) -> tuple[Array, Array] | None:
-    """Return the shares and weights of a generator's cells, (K,) each, if it has them.
-
-    Raises
-    ------
-    PackedFileError
-        If they are none.
-    """
+    """Return the shares and weights of a generator's cells, (K,) each, if it has them."""
     if not all(name in arrays for name in CODE):
         return None
     shares, weights = (arrays[name] for name in CODE)
-    if not (
-        shares.dtype == weights.dtype == np.float64
-        and shares.ndim == 1
-        and shares.shape == weights.shape
-        and 0 < len(shares) <= _MOST_CELLS
-        and all(0 < share < math.inf for share in shares)
-        and all(0 <= weight < math.inf for weight in weights)
-        and weights.any()
-    ):
+    good = shares.dtype == weights.dtype == np.float64 and shares.shape == weights.shape
+    good = good and shares.ndim == 1 and 0 < len(shares) <= _MOST_CELLS and weights.any()
+    good = good and all(0 < share < math.inf for share in shares)
+    if not good or not all(0 <= weight < math.inf for weight in weights):
         raise PackedFileError("its shares and weights are those of no code")
     return shares, weights
 
@@ -179,29 +173,35 @@ def code_in(arrays: dict[str, Array]) -> tuple[Array, Array] | None:
 def _entry(entry: dict[str, Any]) -> tuple[str, list[int], str, list[float], int]:
     """Return a tensor's name, shape, kind, alphas and bytes; refuse what cannot be."""
     name, shape, kind = entry["name"], entry["shape"], entry["kind"]
-    if not (isinstance(name, str) and isinstance(shape, list) and len(shape) <= 32):
-        raise ValueError("a tensor needs a name and a shape")
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"shape {shape}")
-    if math.prod(max(n, 1) for n in shape) >= 2**40:  # too big for numpy even beside a 0
+    good = isinstance(name, str) and isinstance(shape, list) and len(shape) <= 32
+    good = good and all(type(n) is int and n >= 0 for n in shape)
+    if not good or math.prod(max(n, 1) for n in shape) >= 2**40:  # too big even beside a 0
         raise ValueError(f"shape {shape}")
     if kind != "ternary":
         return name, shape, kind, [], math.prod(shape) * _BYTES[kind]
     alphas = entry["alphas"] if "alphas" in entry else [entry["alpha"]]
-    if not (isinstance(alphas, list) and 0 < len(alphas) <= _MOST_PLANES):
-        raise ValueError(f"alphas {alphas!r}")
-    if not all(isinstance(alpha, float) and alpha >= 0 for alpha in alphas):
-        raise ValueError(f"alphas {alphas!r}")
-    if not sum(alphas) <= float(np.finfo("f4").max):
+    good = isinstance(alphas, list) and 0 < len(alphas) <= _MOST_PLANES
+    good = good and all(isinstance(alpha, float) and alpha >= 0 for alpha in alphas)
+    if not good or not sum(alphas) <= float(np.finfo("f4").max):
         raise ValueError(f"alphas {alphas!r}")
     return name, shape, kind, alphas, len(alphas) * -(-math.prod(shape) // 4)
 
 
-def recoded(z: Array, shares: Array, weights: Array) -> Array:
-    """Move latents (n, latent_dim) so that cell k of the code gets weights[k] of them.
+def chosen(z: Array, gate: Sequence[Array]) -> Array:
+    """Choose a roll of each latent (n, latent_dim), as `fl_wb.generators.gate.Gate.choose` does."""
+    rolled = [sign * np.roll(z, by, 1) for sign in (1, -1) for by in range(z.shape[1])]
+    candidates = np.stack(rolled[:32], 1)
+    x = candidates.astype(np.float64)
+    for depth, layer in enumerate(gate):
+        x = (x if depth == 0 else np.maximum(x, 0)) @ layer[:, :-1].T + layer[:, -1]
+    odds = np.exp(np.clip(x[..., 0], -20, 3.4)).cumsum(1)
+    drawn = np.abs(np.modf(64 * z[:, :1].astype(np.float64))[0]) * odds[:, -1:]
+    taken = np.minimum((odds < drawn).sum(1), odds.shape[1] - 1)
+    return np.asarray(candidates[np.arange(len(z)), taken])
 
-    The same as `fl_wb.generators.code.Code.recode`, in numpy.
-    """
+
+def recoded(z: Array, shares: Array, weights: Array) -> Array:
+    """Give cell k weights[k] of latents (n, latent_dim): `fl_wb.generators.code.Code.recode`."""
     if len(shares) == 1:
         return z
     total = math.fsum(shares)

@@ -1,6 +1,6 @@
 """The packed file of a ternary generator: four weights to a byte, checked before it is trusted.
 
-Layout (version 2, little-endian)::
+Layout (version 3, little-endian)::
 
     8 bytes   magic "FLWBTERN"
     4 bytes   version (uint32)
@@ -11,9 +11,13 @@ Layout (version 2, little-endian)::
 
 A tensor's kind is "ternary" (a plane for each alpha, one after another: ceil(n / 4) bytes; weight
 4b + i is in bits 2i, 2i+1 of byte b: 0, 1 and 2 stand for 0, +alpha and -alpha; the planes add up),
-"float32", "float64" or "int64" (raw). A `Reweighted` generator is named by the class inside; its
-tensors say the rest. Nothing in it is code. The bytes are read in `fl_wb.ternary.numpy_reader`,
-which needs no torch, and reads version 1, too (one plane, "alpha").
+"float16", "float32", "float64" or "int64" (raw). A `Reweighted` or conditional generator is named
+by the class inside; its tensors say the rest. Nothing in it is code. The bytes are read in
+`fl_wb.ternary.numpy_reader`, which needs no torch, and reads older versions, too: version 1 has one
+plane, "alpha", and version 2, which is still written where nothing else is needed, no float16.
+
+Where a generator wants more than N(0, I), the header has "latents", the name of their law ("own"
+for one without), and "labels", how many there are; the file is then of version 3, too.
 """
 
 from __future__ import annotations
@@ -31,9 +35,14 @@ from torch import Tensor, nn
 
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
+from fl_wb.generators.gate import Gate
+from fl_wb.generators.latents import NAMES, Draw, Driven, Latents, law_of
+from fl_wb.generators.networks import ConditionalGenerator
 from fl_wb.generators.reweighted import Reweighted, reweighted
+from fl_wb.generators.sampling import driven
 from fl_wb.persistence.tensor_files import write_atomic
 from fl_wb.ternary.numpy_reader import (
+    GATE,
     MAGIC,
     PREFIX,
     VERSION,
@@ -48,10 +57,16 @@ MOST_PLANES = 3
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def save(generator: nn.Module, path: str | Path) -> Path:
+def save(
+    generator: nn.Module,
+    path: str | Path,
+    *,
+    labels: int | None = None,
+    latents: str | Draw = "normal",
+) -> Path:
     """Write a ternary generator to a packed file, atomically; see `pack`."""
     path = Path(path)
-    write_atomic(path, pack(generator))
+    write_atomic(path, pack(generator, labels=labels, latents=latents))
     return path
 
 
@@ -63,8 +78,19 @@ def load(path: str | Path, generator: nn.Module) -> nn.Module:
         raise PackedFileError(f"{path}: {error}") from None
 
 
-def pack(generator: nn.Module) -> bytes:
+def pack(
+    generator: nn.Module, *, labels: int | None = None, latents: str | Draw = "normal"
+) -> bytes:
     """Pack a generator's state: two bits a weight for each ternary plane of a tensor.
+
+    Parameters
+    ----------
+    generator : nn.Module
+        What `fl_wb.ternary.ternarize` returned.
+    labels : int, optional
+        How many it takes; the shipped conditional generators say it themselves.
+    latents : optional
+        As in `fl_wb.generators.sampling.generate`.
 
     Raises
     ------
@@ -73,6 +99,10 @@ def pack(generator: nn.Module) -> bytes:
     """
     tensors: list[dict[str, Any]] = []
     payload: list[bytes] = []
+    law = getattr(generator, "latents", None)
+    wants = _wants(law.law if isinstance(law, Latents) else law_of(latents), generator, labels)
+    if isinstance(generator, Driven):
+        generator = generator.generator
     for name, tensor in generator.state_dict().items():
         entry: dict[str, Any] = {"name": name, "shape": list(tensor.shape)}
         array = _array(tensor)
@@ -81,14 +111,21 @@ def pack(generator: nn.Module) -> bytes:
             entry |= {"kind": "ternary", "alphas": alphas}
             payload += [_to_bits(plane) for plane in _planes_of(array, alphas)]
         else:
+            if name in GATE:
+                array = array.astype(np.float16)  # it has no more digits
             entry["kind"] = array.dtype.name
             payload.append(array.astype(array.dtype.newbyteorder("<")).tobytes())
         tensors.append(entry)
-    network = type(_inside(generator)).__name__
+    core = generator
+    while isinstance(core, Reweighted | Driven | ConditionalGenerator):
+        core = core.generator
+    network = type(core).__name__
     if not any(e["kind"] == "ternary" and len(e["shape"]) > 1 for e in tensors):
         raise ValueError(f"no weight of this {network} is ternary: ternarize it")
-    header = json.dumps({"network": network, "tensors": tensors}).encode()
-    body = PREFIX.pack(MAGIC, VERSION, len(header)) + header + b"".join(payload)
+    header = json.dumps({"network": network, "tensors": tensors, **wants}).encode()
+    newer = wants or any(entry["kind"] == "float16" for entry in tensors)
+    version = VERSION if newer else VERSION - 1
+    body = PREFIX.pack(MAGIC, version, len(header)) + header + b"".join(payload)
     return body + hashlib.sha256(body).digest()
 
 
@@ -108,12 +145,15 @@ def unpack(data: bytes, generator: nn.Module) -> nn.Module:
     PackedFileError
         If the bytes are damaged, or are of another version or network.
     """
-    _, state = parse(data)
+    _, state, (law, _) = parse(data)
     code = code_in(state)
     loaded = copy_of(_inside(generator) if code else generator)
     if code:
         try:
-            loaded = reweighted(loaded, Code(code[0].tolist()), code[1].tolist())
+            loaded = driven(loaded, latents=law) if law in NAMES else loaded
+            loaded = reweighted(
+                loaded, Code(code[0].tolist()), code[1].tolist(), gate=_gate_in(state)
+            )
         except ValueError as error:
             raise PackedFileError(f"its code is none: {error}") from None
     own = {name: tensor.shape for name, tensor in loaded.state_dict().items()}
@@ -126,6 +166,25 @@ def unpack(data: bytes, generator: nn.Module) -> nn.Module:
             )
     loaded.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
     return loaded.eval()
+
+
+def _wants(law: str | Draw, generator: nn.Module, labels: int | None) -> dict[str, str | int]:
+    """Return what the header says of a generator's inputs: nothing of N(0, I)."""
+    wants: dict[str, str | int] = {}
+    if law != "normal":
+        wants["latents"] = law if isinstance(law, str) else "own"
+    inside = generator.generator if isinstance(generator, Driven) else generator
+    number = inside.labels if isinstance(inside, ConditionalGenerator) else labels
+    if number:
+        wants["labels"] = number
+    return wants
+
+
+def _gate_in(state: dict[str, Array]) -> Gate | None:
+    """Return the gate that a file's arrays hold, if it has one."""
+    if not all(name in state for name in GATE):
+        return None
+    return Gate([torch.tensor(state[name]) for name in GATE])
 
 
 def _inside(generator: nn.Module) -> nn.Module:

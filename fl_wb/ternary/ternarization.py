@@ -18,8 +18,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fl_wb.generators.copies import copy_of
+from fl_wb.generators.latents import Draw, Latents
 from fl_wb.generators.reweighted import Reweighted
-from fl_wb.generators.sampling import device_of, latent_dim_of
+from fl_wb.generators.sampling import (
+    Labels,
+    check_function,
+    device_of,
+    driven,
+    latents_of,
+    undriven,
+)
 from fl_wb.settings import above, at_least
 from fl_wb.ternary.planes import (
     STATISTICS,
@@ -83,6 +91,8 @@ def ternarize(
     settings: Ternarization | None = None,
     seed: int = 0,
     latent_dim: int | None = None,
+    labels: Labels = None,
+    latents: str | Draw = "normal",
     device: str | torch.device | None = None,
     callback: Progress | None = None,
 ) -> nn.Module:
@@ -109,6 +119,8 @@ def ternarize(
         The same arguments give the same generator.
     latent_dim : int, optional
         For a generator without the attribute.
+    labels, latents : optional
+        As in `fl_wb.generators.sampling.generate`.
     device : optional
         Where to train; where the generator is if None.
     callback : optional
@@ -123,18 +135,21 @@ def ternarize(
     Raises
     ------
     ValueError
-        If the generator has no layer to ternarize.
+        If the generator has no layer to ternarize, or makes its samples of more than what it is
+        called with.
     FloatingPointError
         If what it makes, or learns, is not finite.
     """
     settings = settings or Ternarization()
     if iterations is not None:
         settings = replace(settings, iterations=iterations)
-    teacher = copy_of(generator).to(device or device_of(generator)).eval().requires_grad_(False)
-    dim = latent_dim_of(teacher, latent_dim)
-    if not isinstance(teacher, Reweighted):
-        teacher = turned(teacher, lambda weight: Ternary(weight)(weight), dim, seed=seed)
-    ternary = _distilled(teacher, settings, dim, seed, callback)
+    given = copy_of(generator).to(device or device_of(generator)).eval().requires_grad_(False)
+    teacher = driven(given, latent_dim, labels, latents)
+    law = latents_of(teacher, latent_dim)
+    check_function(teacher, law.some().to(device_of(teacher)))
+    if law.plain and not isinstance(teacher, Reweighted):
+        teacher = turned(teacher, lambda weight: Ternary(weight)(weight), law.dim, seed=seed)
+    ternary = undriven(_distilled(teacher, settings, law, seed, callback), given)
     for module in ternary.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             _fold_statistics(module)
@@ -144,7 +159,7 @@ def ternarize(
 def _distilled(
     teacher: nn.Module,
     settings: Ternarization,
-    dim: int,
+    latents: Latents,
     seed: int,
     callback: Progress | None,
 ) -> nn.Module:
@@ -156,7 +171,7 @@ def _distilled(
             f"{type(teacher).__name__} has no linear or convolution layer to ternarize"
         )
     rng = torch.Generator(device_of(teacher)).manual_seed(seed)
-    z = torch.randn(STATISTICS, dim, generator=rng, device=rng.device)
+    z = latents.draw(STATISTICS, rng)
     planes = planes_needed(teacher, z, settings.planes, seed)
     weights, thresholds = [], []
     for layer, count in zip(layers, planes, strict=True):
@@ -174,7 +189,7 @@ def _distilled(
     others = [p for p in student.parameters() if id(p) not in apart]
     distill(
         student,
-        pairs_of(teacher, dim),
+        pairs_of(teacher, latents),
         settings,
         energy=settings.energy,
         seed=seed,

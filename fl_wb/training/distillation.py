@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
+from fl_wb.generators.latents import Latents
 from fl_wb.generators.sampling import device_of
 from fl_wb.settings import Settings, above, at_least
 from fl_wb.training.checkpoints import Checkpoint, TrainingState
@@ -27,12 +28,12 @@ Pairs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
 are those of several measures, the cell (n,) that each is of (`fl_wb.generators.code`)."""
 
 
-def pairs_of(teacher: Callable[[Tensor], Tensor], latent_dim: int) -> Pairs:
-    """Pairs of a known map of the latent: z ~ N(0, I) and teacher(z), without a graph."""
+def pairs_of(teacher: Callable[[Tensor], Tensor], latents: Latents) -> Pairs:
+    """Pairs of a known map of the latent: z of this law and teacher(z), without a graph."""
 
     @torch.no_grad()
     def draw(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        z = torch.randn(n, latent_dim, generator=rng, device=rng.device)
+        z = latents.draw(n, rng)
         return z, teacher(z)
 
     return draw

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from fl_wb.generators.latents import Latents
 from fl_wb.generators.sampling import device_of
 from fl_wb.training.random_numbers import own_random_numbers
 
@@ -16,8 +17,8 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 @torch.no_grad()
-def settle(generator: nn.Module, latent_dim: int, *, seed: int = 0) -> None:
-    """Give a generator, in place, the statistics of what it makes of N(0, I).
+def settle(generator: nn.Module, latents: Latents, *, seed: int = 0) -> None:
+    """Give a generator, in place, the statistics of what it makes of its latents.
 
     Normalisations get the statistics of all batches together (torch's ``update_bn``); spectral
     norms' power iterations, which a forward pass in train mode carries on, catch up with the
@@ -27,14 +28,14 @@ def settle(generator: nn.Module, latent_dim: int, *, seed: int = 0) -> None:
     ----------
     generator : nn.Module
         Trained.
-    latent_dim : int
-        Of its latents.
+    latents : Latents
+        Their law.
     seed : int
         Of the latents.
     """
     modes = {part: part.training for part in generator.modules()}
     rng = torch.Generator(device_of(generator)).manual_seed(seed)
-    batches = torch.randn(LATENTS, latent_dim, generator=rng, device=rng.device).split(BATCH)
+    batches = latents.draw(LATENTS, rng).split(BATCH)
     with own_random_numbers(seed):
         generator.train()
         for batch in batches:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.generators.copies import copy_of
-from fl_wb.generators.sampling import device_of, input_gradient, latent_dim_of
+from fl_wb.generators.sampling import device_of, input_gradient, latents_of
 from fl_wb.settings import Settings, above, at_least
 from fl_wb.training.checkpoints import Checkpoint, TrainingState
 from fl_wb.training.random_numbers import own_random_numbers
@@ -197,7 +197,7 @@ class _Loop:
     ) -> None:
         if not critics or len(critics) != len(reals):
             raise ValueError(f"{len(critics)} critics for {len(reals)} real measures")
-        self.dim = latent_dim_of(generator, latent_dim)
+        self.law = latents_of(generator, latent_dim)
         device = device_of(generator)
         self.generator = copy_of(generator)
         self.trained = [p for p in self.generator.parameters() if p.requires_grad]
@@ -216,7 +216,7 @@ class _Loop:
         )
 
     def latents(self, n: int) -> Tensor:
-        return torch.randn(n, self.dim, generator=self.rng, device=self.rng.device)
+        return self.law.draw(n, self.rng)
 
     def step(self) -> dict[str, Tensor]:
         """One iteration: the critics' steps, then the generator's; returns its losses."""

@@ -1,0 +1,1 @@
+"""A Flower app: a class-conditional GAN of digits."""

@@ -1,0 +1,46 @@
+"""How a target compares its generators: with how many samples, and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from fl_wb.settings import Settings, at_least
+
+
+@dataclass
+class Evaluation(Settings):
+    """How a target compares its generators with held-out samples.
+
+    Attributes
+    ----------
+    most
+        Of the held-out samples that are compared with, taken evenly from all of them: exact W1
+        takes cubic time. Over the choice of 2,000 of MNIST's, W1 spreads by 0.3%, the energy
+        distance by 1.3% and coverage by 0.016 (``python -m benchmarks.sample_sizes``); of 500 by
+        two to three times as much in W1 and energy, and 4,000 take four times as long.
+    samples
+        That a generator draws; None: as many as are compared with.
+    draws
+        Of so many samples, whose figures are averaged.
+    bank
+        Whether the raw variation bank, which needs no training, is evaluated too.
+    snapshots
+        How often the generator is evaluated during its adaptation, for a plot of convergence.
+    """
+
+    most: Annotated[int, at_least(2)] = 2000
+    samples: Annotated[int, at_least(2)] | None = None
+    draws: Annotated[int, at_least(1)] = 1
+    bank: bool = False
+    snapshots: Annotated[int, at_least(0)] = 0
+
+
+def evenly(samples: Tensor, most: int) -> Tensor:
+    """Return at most so many samples, taken evenly from all: also fair where they are sorted."""
+    if len(samples) <= most:
+        return samples
+    return samples[torch.arange(most) * len(samples) // most]
