@@ -1,6 +1,7 @@
 """Hostile uploads: what they do to the barycenter, and what screening leaves of it.
 
-    python benchmarks/hostile.py --classes disjoint
+    python -m benchmarks.hostile --classes disjoint
+    python -m benchmarks.hostile --limits
 
 Eight sources of real digits, of five classes each (overlapping) or one (disjoint); then two of the
 uploads are replaced by hostile ones: untrained weights, noise (random pixels), inverted (samples
@@ -13,9 +14,12 @@ screening, and in units of that of the eight honest uploads: mean and standard d
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from statistics import fmean, pstdev
 
 import torch
@@ -37,6 +41,7 @@ SOURCES = {
 }
 SAMPLES = 256  # of each upload, as the strategy screens
 DRAWS = 5
+INK, SHARES = (1.0, 0.95, 0.9, 0.8, 0.5), (0.05, 0.1, 0.2, 0.4, 0.8, 1.0)  # of `limits`
 
 
 def noise(network: nn.Module, seed: int) -> nn.Module:
@@ -121,6 +126,33 @@ def one_seed(config: Config, seed: int, threshold: float) -> dict[str, tuple[flo
     return found
 
 
+def limits(threshold: float) -> None:
+    """Print how often screening sees what is moderate: 8 sets of real digits, one of them changed.
+
+    Sets of real digits are what sources' generators are at best; nothing is trained.
+    """
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        **{f"ink x {ink}": partial(torch.lerp, -torch.ones(()), weight=ink) for ink in INK},
+        **{f"corner mark {share:.0%}": partial(marked, share=share) for share in SHARES},
+        **{f"middle mark {share:.0%}": partial(marked, share=share, at=3) for share in SHARES},
+    }
+    everything, _ = datasets.load(compose().data)
+    print("| change of one set | " + " | ".join(SOURCES) + " |\n|---|---|---|")
+    for name, change in changes.items():
+        seen = {kind: 0 for kind in SOURCES}
+        for kind, spoiled in itertools.product(SOURCES, range(8)):
+            rng, sets = torch.Generator().manual_seed(spoiled), []
+            for classes in json.loads(SOURCES[kind]):
+                of_class = torch.isin(everything.labels, torch.tensor(classes)).nonzero()[:, 0]
+                drawn = torch.randint(len(of_class), (SAMPLES,), generator=rng)
+                sets.append(everything.images[of_class[drawn]])
+            sets[spoiled] = change(sets[spoiled].clone())
+            out = [index for index, _ in outliers(sets, threshold=threshold)]
+            assert not set(out) - {spoiled}, "an honest set was dropped"
+            seen[kind] += spoiled in out
+        print(f"| {name} | " + " | ".join(f"{count}/8" for count in seen.values()) + " |")
+
+
 def main() -> None:
     """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -129,8 +161,11 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=400, help="of a source's training")
     parser.add_argument("--merge", type=int, default=200, help="of a stage's distillation")
     parser.add_argument("--threshold", type=float, default=3.0)
+    parser.add_argument("--limits", action="store_true", help="how moderate what is seen may be")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.limits:
+        return limits(given.threshold)
     began, runs = time.process_time(), []
     for seed in given.seeds:
         settings = [

@@ -41,6 +41,7 @@ from fl_wb.data.partition import deal, piles
 from fl_wb.generators.mixture import Mixture
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import Reference, train_features
+from fl_wb.persistence.tensor_files import write_atomic
 from fl_wb.reporting import tables
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
@@ -167,15 +168,15 @@ Found = dict[Run, list[dict[str, float]]]
 
 
 def load(path: Path) -> Found:
-    """Return the finished runs; a line that was not finished is passed over."""
-    found: Found = {}
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found[Run(**entry["run"])] = entry["rounds"]
-    return found
+    """Return the finished runs."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return {Run(**entry["run"]): entry["rounds"] for entry in map(json.loads, lines)}
+
+
+def save(path: Path, found: Found) -> None:
+    """Write the finished runs, a line each, in one step."""
+    entries = [{"run": asdict(run), "rounds": rounds} for run, rounds in found.items()]
+    write_atomic(path, "".join(f"{json.dumps(entry)}\n" for entry in entries).encode())
 
 
 def by_row(found: Found) -> dict[tuple[str, str], list[list[dict[str, float]]]]:
@@ -259,9 +260,8 @@ def main() -> None:
         run = Run(split, nodes, given.fraction, method, seed)
         if len(load(path).get(run, ())) < given.rounds:
             print(f"# {run}", flush=True)
-            line = json.dumps({"run": asdict(run), "rounds": rounds_of(run, given.rounds)})
-            with path.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
+            found = rounds_of(run, given.rounds)
+            save(path, load(path) | {run: found})
     print(table(load(path)))
     if importlib.util.find_spec("matplotlib"):
         draw(load(path), given.folder / "rounds.png")

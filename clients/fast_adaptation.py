@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from time import perf_counter
 from typing import Any
@@ -51,6 +51,7 @@ def make_own(
     *,
     code: Code | None = None,
     weights: str = "fitted",
+    without: Collection[int] = (),
     plain: bool = False,
     critic: Callable[[], nn.Module] | None = None,
     adaptation: Adaptation | None = None,
@@ -65,9 +66,10 @@ def make_own(
 ) -> Made:
     """Adapt a generator to a node's few samples, and ternarize it if `ternarization` says how.
 
-    Where its code is known, it gets the node's own `weights` first, unless it is conditional;
-    `plain` folds these into the architecture that it has (see `fl_wb.adaptation.folded`). The
-    other arguments are those of
+    Where its code is known, it gets the node's own `weights` and gate first, `without` some cells,
+    unless it is conditional. `plain` keeps the architecture that it has: the weights are folded
+    into it (see `fl_wb.adaptation.folded`), and the gate guides its adaptation. The other arguments
+    are those of
     `fl_wb.adaptation.adapt` and `fl_wb.ternary.ternarize`.
 
     Raises
@@ -78,12 +80,19 @@ def make_own(
     """
     if ternarization is not None:
         list(ternary.ternarizable(start))
-    began = perf_counter()
+    began, guide = perf_counter(), None
     if code is not None and labels is None:
-        one = driven(start, latent_dim, None, latents)
-        own = own_start(one, code, few, method=weights, seed=seed, latent_dim=latent_dim)
+        own = own_start(
+            driven(start, latent_dim, None, latents),
+            code,
+            few,
+            method=weights,
+            without=without,
+            seed=seed,
+            latent_dim=latent_dim,
+        )
         if plain and isinstance(own, Reweighted):
-            own = folded(own, seed=seed)
+            guide, own = own, folded(own, seed=seed)
         start = undriven(own, start)
     weighed = perf_counter()
     adapted = adapt(
@@ -98,6 +107,7 @@ def make_own(
         few_labels=few_labels,
         device=device,
         checkpoint=checkpoint,
+        guide=guide,
     )
     between = perf_counter()
     made = None
@@ -146,8 +156,8 @@ def received(
         ) from error
 
 
-def received_code(message: Message, context: Context) -> Code | None:
-    """Return the code of the generator that a message carries, if the server says it.
+def received_code(message: Message, context: Context) -> tuple[Code | None, list[int]]:
+    """Return the code of the generator that a message carries, if said, and its forgotten cells.
 
     Raises
     ------
@@ -156,7 +166,7 @@ def received_code(message: Message, context: Context) -> Code | None:
     """
     record = message.content.config_records.get(keys.CODE)
     if record is None:
-        return None
+        return None, []
     shares = record.get(keys.SHARES)
     listed = shares if isinstance(shares, list) and len(shares) <= MOST_CELLS else []
     good = [share for share in listed if isinstance(share, float) and LEAST <= share <= 1]
@@ -165,7 +175,13 @@ def received_code(message: Message, context: Context) -> Code | None:
             f"the message to node {context.node_id} has shares {str(shares)[:80]}: 1 to "
             f"{MOST_CELLS} numbers from {LEAST} to 1 are a code"
         )
-    return Code(good)
+    forgotten = record.get(keys.FORGOTTEN, [])
+    if not isinstance(forgotten, list) or not {*forgotten} < {*range(len(good))}:
+        raise ValueError(
+            f"the message to node {context.node_id} has forgotten cells {str(forgotten)[:80]}: "
+            f"some of the {len(good)} may be, from 0, not all"
+        )
+    return Code(good), [int(cell) for cell in forgotten]
 
 
 def own_samples(
@@ -285,8 +301,9 @@ class FastAdaptation:
         start, head = received(
             message, context, self.generator, key=self.arrayrecord_key, prefixes=self._prefixes
         )
+        code, without = received_code(message, context)
         few, few_labels = self._few(context, start)
-        made = self._made(start, few, few_labels, received_code(message, context), context)
+        made = self._made(start, few, few_labels, code, without, context)
         content = dict(message.content)
         whole = message.content.array_records[self.arrayrecord_key]
         own = {head + name: value for name, value in made.state_dict().items()}
@@ -327,10 +344,12 @@ class FastAdaptation:
         few: Tensor,
         few_labels: Tensor | None,
         code: Code | None,
+        without: list[int],
         context: Context,
     ) -> nn.Module:
         """Return the generator for this node, from ``context.state`` if it is there."""
         shares = torch.tensor([] if code is None else code.shares, dtype=torch.float64)
+        shares[without] = 0
         told = {} if few_labels is None else {"labels": few_labels}
         key = digest({**start.state_dict(), "few": few, "shares": shares, **told})
         state: RecordDict = context.state
@@ -341,6 +360,7 @@ class FastAdaptation:
             few.to(self.device),
             code=code,
             weights=self.weights,
+            without=without,
             plain=True,
             critic=self.critic,
             adaptation=self.adaptation,

@@ -107,12 +107,13 @@ def target_evaluate(
     counts = None if few_labels is None or labels is None else label_counts(few_labels, labels)
     few = own_samples(few, context, driven(plain, latent_dim, counts), latent_dim)
     snapshots = Snapshots((adaptation or Adaptation()).training.iterations, settings.snapshots)
-    sent, code = _critic(message, critic), received_code(message, context)
+    sent, (code, without) = _critic(message, critic), received_code(message, context)
     made = make_own(
         plain.to(device),
         few.to(device),
         code=code,
         weights=weights,
+        without=without,
         critic=critic if sent is None else lambda: sent,
         adaptation=adaptation,
         ternarization=ternarization,

@@ -280,9 +280,20 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
         if self._coalescence is not None and self._coalescence.shares:
             code = ConfigRecord({keys.SHARES: self._coalescence.shares})
+            if self._coalescence.forgotten:
+                code[keys.FORGOTTEN] = self._coalescence.forgotten
             for message in messages:
                 message.content = RecordDict({**message.content, keys.CODE: code})
         return messages
+
+    def forget(self, node_id: int) -> None:
+        """Forget what a node sent: of this model, targets give its cell a weight of 0, at once.
+
+        The next merge is without it, and does not start at this barycenter. A node asks for the
+        same by ``"forget": True`` beside its role. What is folded with others' cannot be forgotten.
+        """
+        if self._coalescence is not None:
+            self._coalescence.forget(node_id)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -23,7 +23,7 @@ from torch import Tensor
 from fl_wb.federation.model import average
 from fl_wb.messages import keys, numpy_client, records
 from fl_wb.messages import replies as checked
-from fl_wb.messages.keys import BOTH, ROLE, ROLES, SOURCE, TARGET
+from fl_wb.messages.keys import BOTH, FORGET, ROLE, ROLES, SOURCE, TARGET
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 
@@ -55,7 +55,8 @@ class RoleFedAvg(FedAvg):
     """Federated averaging that trains on sources and evaluates on targets.
 
     Every node is asked once, by a QUERY message, for its role: a ConfigRecord with ``role`` as
-    "source", "target", "both" or "none" (it takes no part). A node that answers without a role,
+    "source", "target", "both" or "none" (it takes no part), and perhaps ``forget``, True of a node
+    that wants what it sent to be forgotten. A node that answers without a role,
     or whose app has no ``@app.query()``, plays both, so that on such nodes this is FedAvg. One
     that answers with an error or a role that is none is named, and takes no part until it is
     asked again. What a node answers says nothing of the others.
@@ -192,6 +193,9 @@ class RoleFedAvg(FedAvg):
         self._sent = list(self._construct_messages(record, node_ids, message_type))
         return self._sent
 
+    def forget(self, node_id: int) -> None:
+        """Forget what a node sent, where anything is kept of it: here, nothing is."""
+
     def _ask_roles(self, grid: Grid, node_ids: Sequence[int]) -> set[int]:
         """Ask the nodes whose role is not known; return those that answered with an error.
 
@@ -210,6 +214,8 @@ class RoleFedAvg(FedAvg):
             node_id = _node_of(reply, messages)
             try:
                 self._roles[node_id] = _role_in(reply)
+                if _wants_forgetting(reply):
+                    self.forget(node_id)
             except InvalidUpload as error:
                 mistaken.add(node_id)
                 log(WARNING, "node %d takes no part for now: %s", node_id, error)
@@ -345,6 +351,12 @@ def _node_of(reply: Message, sent: Sequence[Message]) -> int:
         if message.metadata.message_id == reply.metadata.reply_to_message_id:
             return message.metadata.dst_node_id
     return reply.metadata.src_node_id
+
+
+def _wants_forgetting(reply: Message) -> bool:
+    """Return whether a node asks, beside its role, that what it sent be forgotten."""
+    records = () if reply.has_error() else reply.content.config_records.values()
+    return any(record.get(FORGET) is True for record in records)
 
 
 def _role_in(reply: Message) -> str:

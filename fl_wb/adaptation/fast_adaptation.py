@@ -10,6 +10,10 @@ alone memorises them, so three things are ours here:
 - the more samples there are, the more of them are learned as they are, and the less the start
   counts.
 
+A start that a gate made the target's own already (`fl_wb.adaptation.gates`) has few strangers left,
+which an anchor would hold: there, its samples are two thirds of what is learned, in the anchor's
+place.
+
 A small generator whose target is new may be *transported* first: its samples are coupled optimally
 with the widened ones, and it is regressed on that coupling (`transport_pairs`).
 """
@@ -29,6 +33,7 @@ from fl_wb.adaptation.variation import labelled_bank, transport_pairs, variation
 from fl_wb.generators.copies import copy_of
 from fl_wb.generators.latents import Draw
 from fl_wb.generators.networks import MLPCritic
+from fl_wb.generators.reweighted import Reweighted
 from fl_wb.generators.sampling import (
     check_function,
     check_real,
@@ -41,9 +46,8 @@ from fl_wb.generators.sampling import (
 from fl_wb.settings import Settings, at_least, one_of
 from fl_wb.training.checkpoints import Checkpoint
 from fl_wb.training.conditional import (
-    Labelled,
     LabelledGenerator,
-    label_counts,
+    labelled,
     labelled_critic,
 )
 from fl_wb.training.distillation import Distillation, distill
@@ -125,6 +129,7 @@ def adapt(
     device: str | torch.device | None = None,
     callback: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    guide: nn.Module | None = None,
 ) -> nn.Module:
     """Adapt a generator to a few samples; the arguments are left alone.
 
@@ -159,6 +164,9 @@ def adapt(
         Where to train; where the generator is if None.
     callback, checkpoint : optional
         Told (iterations done, in all, losses); where to save and resume.
+    guide : nn.Module, optional
+        Whose samples are widened by in place of the start's, where that one has to keep its
+        architecture, and cannot have the gate that this one has.
 
     Returns
     -------
@@ -179,7 +187,8 @@ def adapt(
     else:
         start, form = labelled(start, few_labels, labels, latent_dim, latents, seed)
     check_function(start, latents_of(start, latent_dim).some().to(device_of(start)))
-    pool = generate(start, POOL, seed=seed, latent_dim=latent_dim)
+    guide = guide or start
+    pool = generate(guide, POOL, seed=seed, latent_dim=latent_dim)
     _check_samples(samples, form.split(pool)[0] if form else pool)
     if form and few_labels is not None:
         samples = form.join(samples, few_labels)
@@ -204,10 +213,13 @@ def adapt(
             order = torch.randperm(len(few), generator=torch.Generator().manual_seed(seed))
             few = few[order[:MANY].to(few.device)]
         pool = pool.to(few.device)
-        anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
-        # an anchored start makes what a few samples lack
-        unchanged = 0.0 if anchor else max(0.0, 1 - SCARCE / len(few))
-        moves = settings.method == "transport" and not anchor
+        gated = isinstance(guide, Reweighted) and guide.gate is not None
+        anchor = settings.anchor
+        if anchor is None:
+            anchor = 0.0 if gated else choose_anchor(pool, few)
+        # an anchored or gated start makes what a few samples lack
+        unchanged = 0.0 if anchor or gated else max(0.0, 1 - SCARCE / len(few))
+        moves = settings.method == "transport" and not anchor and not gated
         if moves:
             # a regression keeps what blurs or draws together, where a WGAN makes up for it
             bank = widened(few, pool, towards=0.0, scale=0.6, unchanged=unchanged, seed=seed)
@@ -218,6 +230,8 @@ def adapt(
             distill(student, pairs, settings.transport, seed=seed, callback=first)
         else:
             bank = widened(few, pool, unchanged=unchanged, seed=seed)
+            if gated:
+                bank = torch.cat([bank, pool])
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
@@ -239,26 +253,6 @@ def adapt(
     if isinstance(adapted, LabelledGenerator):
         adapted = adapted.generator
     return undriven(adapted.to(home), generator)
-
-
-def labelled(
-    generator: nn.Module,
-    few_labels: Tensor | None,
-    labels: int,
-    latent_dim: int | None,
-    latents: str | Draw,
-    seed: int,
-) -> tuple[nn.Module, Labelled]:
-    """Return a conditional generator as one of labelled samples, and their form.
-
-    It draws labels as often as they occur among those given.
-    """
-    if few_labels is None:
-        raise ValueError(f"few_labels are needed where there are labels={labels}")
-    counts = label_counts(few_labels, labels)
-    start = driven(generator, latent_dim, counts, latents)
-    form = Labelled.of(generate(start, COMPARED, seed=seed), labels)
-    return LabelledGenerator(start, form).eval(), form
 
 
 def _energy_to(bank: Tensor) -> Regularizer:

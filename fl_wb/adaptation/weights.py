@@ -10,6 +10,8 @@ that the best w is the point of the measures' hull that is nearest to Y: a conve
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
 import numpy as np
 import torch
 from scipy.optimize import nnls
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
-from fl_wb.generators.reweighted import Reweighted, reweighted
+from fl_wb.generators.reweighted import Reweighted
 from fl_wb.generators.sampling import device_of, latents_of, sampling
 from fl_wb.training.distillation import Distillation, distill, pairs_of
 from fl_wb.transport import wasserstein1
@@ -39,9 +41,6 @@ FOLDS = 10
 PRIOR = 40
 """Of n samples, PRIOR / n more are imagined that are the shares' own: a few say too little."""
 
-NEAR = 0.05
-"""Weights that move no more of the latents than this are the shares, as far as anybody sees."""
-
 FOLDING = Distillation(1500)
 
 MANY = 1000
@@ -54,6 +53,7 @@ def fit_weights(
     samples: Tensor,
     *,
     method: str = "fitted",
+    without: Collection[int] = (),
     seed: int = 0,
     latent_dim: int | None = None,
 ) -> Tensor:
@@ -72,6 +72,8 @@ def fit_weights(
         left out ask for; one sample says nothing.
         ``radius``: the paper's inverse radii, w_k in proportion to 1 / W1(mu_k, samples), exactly.
         ``uniform``: all equal. ``shares``: the code's own.
+    without : collection of int
+        Cells that get a weight of 0 by every method: sources to forget.
     seed : int
         Of the cells' samples.
     latent_dim : int, optional
@@ -85,66 +87,54 @@ def fit_weights(
     Raises
     ------
     ValueError
-        If there is no such method, or there are no samples.
+        If there is no such method, there are no samples, or all cells are to be forgotten.
     """
     if method not in WEIGHTS:
         raise ValueError(f"method={method!r} is not one of {', '.join(WEIGHTS)}")
     if not len(samples):
         raise ValueError("there are no samples to fit weights to: one at least is needed")
-    shares = torch.tensor(code.shares, dtype=torch.float64)
+    kept = torch.tensor([k not in without for k in range(len(code))])
+    if not kept.any():
+        raise ValueError(f"all {len(code)} cells are to be forgotten: none is left to sample")
+    weights = torch.tensor(code.shares, dtype=torch.float64) * kept
+    weights = weights / weights.sum() if without else weights
     if method == "uniform":
-        return torch.full_like(shares, 1 / len(code))
-    if method == "shares" or len(code) == 1:
-        return shares
+        return kept.double() / kept.sum()
+    if method == "shares" or kept.sum() == 1:
+        return weights
     rng = torch.Generator().manual_seed(seed)
     if len(samples) > MANY:
         samples = samples[torch.randperm(len(samples), generator=rng)[:MANY].to(samples.device)]
-    cells = cell_samples(generator, code, rng, latent_dim)
+    cells = cell_samples(generator, code, rng, latent_dim)[kept]
     if method == "radius":
         few = samples.flatten(1)
         radii = torch.tensor([wasserstein1(cell, few) for cell in cells], dtype=torch.float64)
         inverse = 1 / radii.clamp(min=1e-12)
-        return inverse / inverse.sum()
-    return nearest_weights(cells, samples.detach().flatten(1).cpu().float(), shares)
-
-
-def own_start(
-    generator: nn.Module,
-    code: Code,
-    samples: Tensor,
-    *,
-    method: str = "fitted",
-    seed: int = 0,
-    latent_dim: int | None = None,
-) -> nn.Module:
-    """Return a target's own barycenter, for the arguments of `fit_weights`.
-
-    It shares the generator; where the weights are next to the code's shares, it is the generator.
-    """
-    weights = fit_weights(generator, code, samples, method=method, seed=seed, latent_dim=latent_dim)
-    moved = (weights - torch.tensor(code.shares, dtype=torch.float64)).abs().sum().item() / 2
-    if moved <= NEAR:
-        return generator
-    return reweighted(generator, code, weights, latent_dim=latent_dim)
+        weights[kept] = inverse / inverse.sum()
+    else:
+        few = samples.detach().flatten(1).cpu().float()
+        weights[kept] = nearest_weights(cells, few, weights[kept])
+    return weights
 
 
 def folded(generator: Reweighted, *, seed: int = 0) -> nn.Module:
     """Distil a reweighted generator into one of the architecture inside, whose weights say all.
 
-    For those who know that architecture alone; where a `Reweighted` will do, it costs nothing.
+    For those who know that architecture alone; where a `Reweighted` will do, it costs nothing. Its
+    gate is left out: neighbouring latents become samples that are far apart, which no generator
+    follows (measured).
     """
     student = copy_of(generator.generator).eval().requires_grad_(True)
+    if generator.weights.equal(generator.shares):
+        return student
     teacher = copy_of(generator).eval()
+    teacher.gate = None
     distill(student, pairs_of(teacher, generator.latents), FOLDING, seed=seed)
     return student
 
 
 def nearest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:
     """Return the weights (K,) of least energy distance to samples (n, d), shrunk.
-
-    They go back to the shares by the square of the part that serves samples best which a fit has
-    not seen. The energy distance is quadratic in that part, so that it has a closed form; without
-    the square, what of strangers comes back costs more (measured) than it insures.
 
     Parameters
     ----------
@@ -164,17 +154,48 @@ def nearest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:
     def fitted(seen: Tensor) -> Tensor:
         return _nearest(between, away[seen].mean(0), within[seen][:, seen].mean())
 
-    fold = torch.arange(len(samples)) % FOLDS
-    prior = PRIOR / len(samples) ** 2
+    return shrunk(fitted, between, away, shares)
+
+
+def shrunk(
+    fitted: Callable[[Tensor], Tensor],
+    between: Tensor,
+    away: Tensor,
+    shares: Tensor,
+    *,
+    power: int = 2,
+    prior: int = PRIOR,
+) -> Tensor:
+    """Return weights (K,) that were fitted to samples, put back to the shares as these ask for.
+
+    By a power of the part of the way back that serves samples best which a fit has not seen. The
+    energy distance is quadratic in that part, so that it has a closed form; by the part itself,
+    what of strangers comes back costs more (measured) than it insures.
+
+    Parameters
+    ----------
+    fitted : callable
+        The weights (K,) fitted to some of the samples: those of a mask (n,).
+    between, away : Tensor
+        Mean distances between cells (K, K), and from each sample to each cell (n, K).
+    shares : Tensor
+        (K,) of sum 1.
+    power : int
+        See above.
+    prior : int
+        See `PRIOR`.
+    """
+    fold = torch.arange(len(away)) % FOLDS
+    imagined = prior / len(away) ** 2
     slope = curvature = 0.0
     for left_out in fold.unique():
         weights = fitted(fold != left_out)
         back, unseen = shares - weights, away[fold == left_out]
         apart = -(back @ between @ back).item()
-        slope += ((between @ weights - unseen) @ back).sum().item() + prior * len(unseen) * apart
-        curvature += (1 + prior) * len(unseen) * apart
-    shrunk = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-    return torch.lerp(fitted(fold >= 0), shares, shrunk**2)
+        slope += ((between @ weights - unseen) @ back).sum().item() + imagined * len(unseen) * apart
+        curvature += (1 + imagined) * len(unseen) * apart
+    part = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+    return torch.lerp(fitted(fold >= 0), shares, part**power)
 
 
 @torch.no_grad()

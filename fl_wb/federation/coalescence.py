@@ -43,6 +43,8 @@ class Coalescence:
         What is kept of the nodes.
     shares
         Of the code's cells in the model; empty if it has no code.
+    forgotten
+        Those of its cells that are to be forgotten, until the next merge leaves them out.
     """
 
     def __init__(
@@ -58,7 +60,10 @@ class Coalescence:
         self._screening, self._max_age, self._max_share = screening, max_age, max_share
         self.uploads = Uploads()
         self.shares: list[float] = []
+        self.forgotten: list[int] = []
+        self._cells: list[str] = []  # the uploads of the last merge
         self._merged: State | None = None  # the barycenter, under the generator's own names
+        self._afresh = False  # whether the next merge may know nothing of the last one
         self._given = False  # to whoever waits for this start's model
         self._weighed: list[float] = []  # the weights of the last merge
         self._memory: Memory | None = None
@@ -98,6 +103,18 @@ class Coalescence:
         if self.uploads.made_of == known:  # what came was screened out, or what was there
             self.uploads.changed = changed
 
+    def forget(self, node_id: int) -> None:
+        """Leave a node out of the next merge, and its cell of this model to nobody."""
+        upload = self.uploads.get(node_id)
+        if upload is None:
+            log(WARNING, "node %d is to be forgotten, and nothing of it alone is kept", node_id)
+            return
+        self.uploads.drop(node_id)
+        self._afresh = True
+        if upload.key in self._cells and len(self.forgotten) + 1 < len(self.shares):
+            self.forgotten.append(self._cells.index(upload.key))
+        log(INFO, "forgot node %d", node_id)
+
     def save(self, server_round: int) -> None:
         """Keep the end of a round on disk, if there is a folder."""
         if self._memory is not None:
@@ -124,6 +141,7 @@ class Coalescence:
             return None
         self._merged, self.uploads.changed = merged, False
         self.shares = self._merger.shares(self._weighed)
+        self.forgotten, self._afresh = [], False
         return self._whole(merged)
 
     def _whole(self, merged: State) -> ArrayRecord:
@@ -164,7 +182,7 @@ class Coalescence:
                 for upload, weight in zip(uploads, weights, strict=True)
             ]
             try:
-                merged = self._merger.merge(measures, self._merged)
+                merged = self._merger.merge(measures, None if self._afresh else self._merged)
             except UselessMeasure as error:
                 self._drop_measure(error)
                 uploads = [upload for upload in uploads if upload.digest != error.digest]
@@ -173,7 +191,7 @@ class Coalescence:
                 return None
             else:
                 log(INFO, "aggregate_train: merged in %.1f s", perf_counter() - began)
-                self._weighed = weights
+                self._weighed, self._cells = weights, [upload.key for upload in uploads]
                 return merged
         return None
 

@@ -1,8 +1,8 @@
-"""A generator of several measures, with other weights: no training, one number a cell.
+"""A generator of several measures, with other weights: one number a cell, and perhaps a gate.
 
 Ours; not in the paper. A generator that learned a mixture by its code (`fl_wb.generators.code`) is
 a whole family of barycenters: moving its latents until the cells have other shares changes the
-weights, as well as it knows the cells.
+weights, as well as it knows the cells. A `fl_wb.generators.gate` weighs what no cell tells apart.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.generators.code import Code, code_of
+from fl_wb.generators.gate import Gate
 from fl_wb.generators.sampling import latents_of
 
 
 class Reweighted(nn.Module):
-    """What `reweighted` returns; shares and weights are part of its state dict."""
+    """What `reweighted` returns; shares, weights and gate are part of its state dict."""
 
     shares: Tensor
     weights: Tensor
+    gate: Gate | None
 
     def __init__(
         self,
@@ -28,6 +30,7 @@ class Reweighted(nn.Module):
         shares: Sequence[float],
         weights: Sequence[float],
         latent_dim: int | None = None,
+        gate: Gate | None = None,
     ) -> None:
         super().__init__()
         self.latents = latents_of(generator, latent_dim)
@@ -35,10 +38,13 @@ class Reweighted(nn.Module):
         self.generator = generator
         self.register_buffer("shares", torch.tensor(shares, dtype=torch.float64))
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
+        self.gate = gate
 
     def forward(self, z: Tensor) -> Tensor:
         """Map latents (n, latent_dim) to samples (n, ...)."""
         code = code_of(tuple(self.shares.tolist()))
+        if self.gate is not None:
+            z = self.gate.choose(z)
         samples: Tensor = self.generator(code.recode(z, self.weights.tolist(), self.latents))
         return samples
 
@@ -49,7 +55,8 @@ def reweighted(
     weights: Sequence[float] | Tensor,
     *,
     latent_dim: int | None = None,
-) -> nn.Module:
+    gate: Gate | None = None,
+) -> Reweighted:
     """Return a generator of the same cells with other weights: sum_k w_k mu_k.
 
     Parameters
@@ -62,11 +69,14 @@ def reweighted(
         w_k >= 0, of any sum. A cell of weight 0 is forgotten.
     latent_dim : int, optional
         For a generator without the attribute.
+    gate : Gate, optional
+        Through which latents go before they are shared out among the cells.
 
     Raises
     ------
     ValueError
-        If there is not one weight a cell, one is negative or not finite, or all are 0.
+        If there is not one weight a cell, one is negative or not finite, or all are 0; or the gate
+        is of other latents.
     """
     values = torch.as_tensor(weights, dtype=torch.float64).tolist()
     if (
@@ -77,4 +87,7 @@ def reweighted(
         raise ValueError(
             f"{len(code)} weights >= 0 are needed, not all of them 0, and not {values[:20]}"
         )
-    return Reweighted(generator, code.shares, values, latent_dim)
+    dim = latents_of(generator, latent_dim).dim
+    if gate is not None and gate.latent_dim != dim:
+        raise ValueError(f"a gate of {gate.latent_dim} latent coordinates for a generator of {dim}")
+    return Reweighted(generator, code.shares, values, dim, gate)

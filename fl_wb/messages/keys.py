@@ -8,7 +8,7 @@ CRITIC = "critic"  # ArrayRecord beside the generator's, where a run asks for it
 CONFIG = "config"
 METRICS = "metrics"
 INFO = "info"  # ConfigRecord of a reply: PARTITION and, from a target, TERNARY
-CODE = "fl-wb.code"  # ConfigRecord beside a model: SHARES, the cells of its latents
+CODE = "fl-wb.code"  # ConfigRecord beside a model: SHARES of its latents' cells, FORGOTTEN ones
 SAMPLES = "samples"  # ArrayRecord of an evaluate reply: a few pictures, by name
 
 # Keys inside these records.
@@ -17,6 +17,8 @@ PARTITION = "partition"
 TERNARY = "ternary"
 SHARES = "shares"
 LABELS = "label-counts"  # how often a node has each label: a list in the metrics of a train reply
+FORGOTTEN = "forgotten"  # cells that nobody is to sample any more, by their places
+FORGET = "forget"  # beside ROLE: whether what a node sent is to be forgotten
 ROLE = "role"
 SOURCE, TARGET, BOTH, NONE = "source", "target", "both", "none"
 ROLES = (SOURCE, TARGET, BOTH, NONE)

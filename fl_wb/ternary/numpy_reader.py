@@ -23,10 +23,9 @@ import numpy as np
 
 MAGIC, VERSION = b"FLWBTERN", 3
 NETWORKS = ("MLPGenerator", "ConvGenerator", "DCGANGenerator")
-EPSILON = 1e-5  # of torch's batch normalisation
-PREFIX = struct.Struct("<8sII")
-CODE = ("shares", "weights")
-_BYTES = {"float32": 4, "float64": 8, "int64": 8}
+EPSILON, PREFIX = 1e-5, struct.Struct("<8sII")  # of torch's batch normalisation; of a file
+CODE, GATE = ("shares", "weights"), ("gate.first", "gate.second", "gate.third")
+_BYTES = {"float16": 2, "float32": 4, "float64": 8, "int64": 8}
 _SHA, _MOST_PLANES, _MOST_CELLS = 32, 3, 1024  # few enough for a tree of any shape
 _TAIL = 1e-9  # of Phi, as in fl_wb.generators.latents
 ENDS = {"uniform": (0.0, 1.0), "uniform(-1,1)": (-1.0, 1.0)}  # of laws of latents but the normal
@@ -46,12 +45,7 @@ class PackedGenerator:
     path : str or Path
         The packed file.
     shape : sequence of int
-        Shape of one sample, (c, h, w).
-
-    Raises
-    ------
-    PackedFileError
-        If the file is damaged, or its network is none that this file can run at that shape.
+        Shape of one sample, (c, h, w); `PackedFileError` where the file holds no such network.
     """
 
     def __init__(self, path: str | Path, shape: Sequence[int]) -> None:
@@ -61,9 +55,10 @@ class PackedGenerator:
         self.shape = tuple(shape)
         layers: dict[int, dict[str, Array]] = {}
         self._code = code_in(arrays)
+        self._gate = [arrays[name] for name in GATE if self._code and name in arrays]
         try:
             for name, array in arrays.items():
-                if self._code and name in CODE:
+                if self._code and name in (*CODE, *GATE):
                     continue
                 *_, index, key = name.split(".")
                 layers.setdefault(int(index), {})[key] = array
@@ -80,14 +75,15 @@ class PackedGenerator:
         rng, size = np.random.default_rng(seed), (n, self.latent_dim)
         if self.latents == "normal":
             return self(rng.standard_normal(size, np.float32), labels)
-        if self.latents not in ENDS:
+        if self.latents == "own":
             raise ValueError("its latents have a law of their own: draw them, and call this")
         return self(rng.uniform(*ENDS[self.latents], size).astype(np.float32), labels)
 
     def __call__(self, z: Array, labels: Sequence[int] | None = None) -> Array:
         """Map latents (n, latent_dim), and labels if there are any, to samples (n, *shape)."""
         convolutions = sum(layer["weight"].ndim == 4 for layer in self._layers)
-        x = self._recoded(z, *self._code) if self._code else z
+        x = chosen(z, self._gate) if self._gate else z
+        x = self._recoded(x, *self._code) if self._code else x
         if self.labels:
             wanted = np.arange(len(z)) % self.labels if labels is None else labels
             x = np.concatenate([x, np.eye(self.labels, dtype=np.float32)[wanted]], axis=1)
@@ -109,18 +105,14 @@ class PackedGenerator:
             return recoded(z, shares, weights)
         low, high = ENDS[self.latents]  # by way of N(0, I)
         u = np.clip((z.astype(np.float64) - low) / (high - low), _TAIL, 1 - _TAIL)
-        moved: Array = low + (high - low) * _phi(recoded(_inverse_phi(u), shares, weights))
-        return moved.astype(z.dtype)
+        moved = _phi(recoded(_inverse_phi(u), shares, weights))
+        return np.asarray(low + (high - low) * moved, z.dtype)
 
 
 def parse(data: bytes) -> tuple[str, dict[str, Array], tuple[str, int]]:
     """Return the network's name, its arrays by name, its latents' law and the number of labels.
 
-    Raises
-    ------
-    PackedFileError
-        If the bytes are damaged or of another version. Nothing is allocated before the checksum
-        and every declared size agree with the data.
+    Nothing is allocated before the checksum and every declared size agree with the data.
     """
     if len(data) < PREFIX.size + _SHA or data[: len(MAGIC)] != MAGIC:
         raise PackedFileError("it is no packed ternary generator, or is cut off at the start")
@@ -181,9 +173,8 @@ def code_in(arrays: dict[str, Array]) -> tuple[Array, Array] | None:
 def _entry(entry: dict[str, Any]) -> tuple[str, list[int], str, list[float], int]:
     """Return a tensor's name, shape, kind, alphas and bytes; refuse what cannot be."""
     name, shape, kind = entry["name"], entry["shape"], entry["kind"]
-    if not (isinstance(name, str) and isinstance(shape, list) and len(shape) <= 32):
-        raise ValueError("a tensor needs a name and a shape")
-    good = all(type(n) is int and n >= 0 for n in shape)
+    good = isinstance(name, str) and isinstance(shape, list) and len(shape) <= 32
+    good = good and all(type(n) is int and n >= 0 for n in shape)
     if not good or math.prod(max(n, 1) for n in shape) >= 2**40:  # too big even beside a 0
         raise ValueError(f"shape {shape}")
     if kind != "ternary":
@@ -196,11 +187,21 @@ def _entry(entry: dict[str, Any]) -> tuple[str, list[int], str, list[float], int
     return name, shape, kind, alphas, len(alphas) * -(-math.prod(shape) // 4)
 
 
-def recoded(z: Array, shares: Array, weights: Array) -> Array:
-    """Move latents (n, latent_dim) so that cell k of the code gets weights[k] of them.
+def chosen(z: Array, gate: Sequence[Array]) -> Array:
+    """Choose a roll of each latent (n, latent_dim), as `fl_wb.generators.gate.Gate.choose` does."""
+    rolled = [sign * np.roll(z, by, 1) for sign in (1, -1) for by in range(z.shape[1])]
+    candidates = np.stack(rolled[:32], 1)
+    x = candidates.astype(np.float64)
+    for depth, layer in enumerate(gate):
+        x = (x if depth == 0 else np.maximum(x, 0)) @ layer[:, :-1].T + layer[:, -1]
+    odds = np.exp(np.clip(x[..., 0], -20, 3.4)).cumsum(1)
+    drawn = np.abs(np.modf(64 * z[:, :1].astype(np.float64))[0]) * odds[:, -1:]
+    taken = np.minimum((odds < drawn).sum(1), odds.shape[1] - 1)
+    return np.asarray(candidates[np.arange(len(z)), taken])
 
-    The same as `fl_wb.generators.code.Code.recode`, in numpy.
-    """
+
+def recoded(z: Array, shares: Array, weights: Array) -> Array:
+    """Give cell k weights[k] of latents (n, latent_dim): `fl_wb.generators.code.Code.recode`."""
     if len(shares) == 1:
         return z
     total = math.fsum(shares)

@@ -1,6 +1,6 @@
 """The packed file of a ternary generator: four weights to a byte, checked before it is trusted.
 
-Layout (version 2, little-endian)::
+Layout (version 3, little-endian)::
 
     8 bytes   magic "FLWBTERN"
     4 bytes   version (uint32)
@@ -11,13 +11,13 @@ Layout (version 2, little-endian)::
 
 A tensor's kind is "ternary" (a plane for each alpha, one after another: ceil(n / 4) bytes; weight
 4b + i is in bits 2i, 2i+1 of byte b: 0, 1 and 2 stand for 0, +alpha and -alpha; the planes add up),
-"float32", "float64" or "int64" (raw). A `Reweighted` or conditional generator is named by the class
-inside; its tensors say the rest. Nothing in it is code. The bytes are read in
-`fl_wb.ternary.numpy_reader`, which needs no torch, and reads version 1, too (one plane, "alpha").
+"float16", "float32", "float64" or "int64" (raw). A `Reweighted` or conditional generator is named
+by the class inside; its tensors say the rest. Nothing in it is code. The bytes are read in
+`fl_wb.ternary.numpy_reader`, which needs no torch, and reads older versions, too: version 1 has one
+plane, "alpha", and version 2, which is still written where nothing else is needed, no float16.
 
 Where a generator wants more than N(0, I), the header has "latents", the name of their law ("own"
-for one without), and "labels", how many there are; the file is then of version 3, which readers of
-version 2 refuse.
+for one without), and "labels", how many there are; the file is then of version 3, too.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from torch import Tensor, nn
 
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of
+from fl_wb.generators.gate import Gate
 from fl_wb.generators.latents import NAMES, Draw, Driven, Latents, law_of
 from fl_wb.generators.networks import ConditionalGenerator
 from fl_wb.generators.reweighted import Reweighted, reweighted
 from fl_wb.generators.sampling import driven
 from fl_wb.persistence.tensor_files import write_atomic
 from fl_wb.ternary.numpy_reader import (
+    GATE,
     MAGIC,
     PREFIX,
     VERSION,
@@ -109,6 +111,8 @@ def pack(
             entry |= {"kind": "ternary", "alphas": alphas}
             payload += [_to_bits(plane) for plane in _planes_of(array, alphas)]
         else:
+            if name in GATE:
+                array = array.astype(np.float16)  # it has no more digits
             entry["kind"] = array.dtype.name
             payload.append(array.astype(array.dtype.newbyteorder("<")).tobytes())
         tensors.append(entry)
@@ -119,7 +123,8 @@ def pack(
     if not any(e["kind"] == "ternary" and len(e["shape"]) > 1 for e in tensors):
         raise ValueError(f"no weight of this {network} is ternary: ternarize it")
     header = json.dumps({"network": network, "tensors": tensors, **wants}).encode()
-    version = VERSION if wants else VERSION - 1
+    newer = wants or any(entry["kind"] == "float16" for entry in tensors)
+    version = VERSION if newer else VERSION - 1
     body = PREFIX.pack(MAGIC, version, len(header)) + header + b"".join(payload)
     return body + hashlib.sha256(body).digest()
 
@@ -146,7 +151,9 @@ def unpack(data: bytes, generator: nn.Module) -> nn.Module:
     if code:
         try:
             loaded = driven(loaded, latents=law) if law in NAMES else loaded
-            loaded = reweighted(loaded, Code(code[0].tolist()), code[1].tolist())
+            loaded = reweighted(
+                loaded, Code(code[0].tolist()), code[1].tolist(), gate=_gate_in(state)
+            )
         except ValueError as error:
             raise PackedFileError(f"its code is none: {error}") from None
     own = {name: tensor.shape for name, tensor in loaded.state_dict().items()}
@@ -171,6 +178,13 @@ def _wants(law: str | Draw, generator: nn.Module, labels: int | None) -> dict[st
     if number:
         wants["labels"] = number
     return wants
+
+
+def _gate_in(state: dict[str, Array]) -> Gate | None:
+    """Return the gate that a file's arrays hold, if it has one."""
+    if not all(name in state for name in GATE):
+        return None
+    return Gate([torch.tensor(state[name]) for name in GATE])
 
 
 def _inside(generator: nn.Module) -> nn.Module:

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fl_wb.generators.latents import Draw
 from fl_wb.generators.networks import MLPCritic
-from fl_wb.generators.sampling import latents_of
+from fl_wb.generators.sampling import driven, generate, latents_of
+
+JUDGED = 500
+"""Samples by which it is judged how far apart they are."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Labelled:
     @classmethod
     def of(cls, samples: Tensor, labels: int) -> Labelled:
         """Return the form in which labels weigh what samples (n, ...) do: their mean distance."""
-        spread = torch.pdist(samples[:500].flatten(1)).mean().item() if len(samples) > 1 else 0.0
+        spread = torch.pdist(samples[:JUDGED].flatten(1)).mean().item() if len(samples) > 1 else 0.0
         return cls(tuple(samples.shape[1:]), labels, spread / math.sqrt(2) or 1.0)
 
     def join(self, samples: Tensor, labels: Tensor) -> Tensor:
@@ -99,6 +103,26 @@ def labelled_critic(critic: nn.Module, form: Labelled) -> nn.Module:
         width = critic.net[-1].get_parameter("weight").shape[1]
         return MLPCritic((math.prod(form.shape) + form.labels,), width=width)
     return LabelledCritic(critic, form)
+
+
+def labelled(
+    generator: nn.Module,
+    few_labels: Tensor | None,
+    labels: int,
+    latent_dim: int | None,
+    latents: str | Draw,
+    seed: int,
+) -> tuple[nn.Module, Labelled]:
+    """Return a conditional generator as one of labelled samples, and their form.
+
+    It draws labels as often as they occur among those given.
+    """
+    if few_labels is None:
+        raise ValueError(f"few_labels are needed where there are labels={labels}")
+    counts = label_counts(few_labels, labels)
+    start = driven(generator, latent_dim, counts, latents)
+    form = Labelled.of(generate(start, JUDGED, seed=seed), labels)
+    return LabelledGenerator(start, form).eval(), form
 
 
 def check_labels(labels: Tensor, n: int, number: int) -> None:
