@@ -33,11 +33,11 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "both critics are given the first measure",
-        "fl_wb/barycenter/stage.py",
+        "fl_wb/barycenter/merge.py",
         r"(self\._on_device\(measure\), rng\) for measure in measures)\]",
         r"\1[:1] * 2]",
     ),
-    Mutant("no fidelity", "fl_wb/barycenter/stage.py", r"settings\.fidelity", "0.0"),
+    Mutant("no fidelity", "fl_wb/barycenter/merge.py", r"settings\.fidelity", "0.0"),
     Mutant("no energy", "fl_wb/ternary/ternarization.py", r"settings\.energy", "0.0"),
     Mutant(
         "latents not turned", "fl_wb/ternary/ternarization.py", r"= turned\(teacher.*", "= teacher"
