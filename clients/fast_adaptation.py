@@ -69,8 +69,7 @@ def make_own(
     Where its code is known, it gets the node's own `weights` and gate first, `without` some cells,
     unless it is conditional. `plain` keeps the architecture that it has: the weights are folded
     into it (see `fl_wb.adaptation.folded`), and the gate guides its adaptation. The other arguments
-    are those of
-    `fl_wb.adaptation.adapt` and `fl_wb.ternary.ternarize`.
+    are those of `fl_wb.adaptation.adapt` and `fl_wb.ternary.ternarize`.
 
     Raises
     ------

@@ -77,7 +77,7 @@ def displacement(x: Tensor, y: Tensor, t: float) -> Tensor:
     return torch.lerp(x, y[coupling(x, y).to(y.device)], t)
 
 
-def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+def energy_distance(x: Tensor, y: Tensor, cells: Tensor | None = None) -> Tensor:
     """Energy distance 2 E|x-y| - E|x-x'| - E|y-y'| of two batches, differentiable.
 
     Unbiased: a sample's distance to itself is left out (Szekely and Rizzo, 2013). Not transport,
@@ -88,6 +88,9 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     ----------
     x, y : Tensor
         Samples (n, ...) and (m, ...); flattened to rows.
+    cells : Tensor, optional
+        (n,) integers, where n = m and x[i] and y[i] are of cell i: the mean over the cells, each
+        by its number of samples, of the distance within it.
 
     Returns
     -------
@@ -95,11 +98,18 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
         Scalar, in the units of the samples.
     """
     x, y = x.flatten(1), y.flatten(1)
+    if cells is None:
+        return 2 * torch.cdist(x, y).mean() - _spread(x) - _spread(y)
+    same = (cells.unsqueeze(1) == cells).to(x.dtype)
+    size = same.sum(1, keepdim=True)  # of each sample's cell
+    across = (torch.cdist(x, y) * same / size).sum() / len(x)
+    others = same / (size - 1).clamp(min=1)
+    pair = others[*torch.triu_indices(len(x), len(x), 1, device=x.device)]
+    return 2 * across - sum(2 * (torch.pdist(rows) * pair).sum() / len(x) for rows in (x, y))
 
-    def within(rows: Tensor) -> Tensor:
-        return torch.pdist(rows).sum() / max(len(rows) * (len(rows) - 1) / 2, 1)
 
-    return 2 * torch.cdist(x, y).mean() - within(x) - within(y)
+def _spread(rows: Tensor) -> Tensor:
+    return torch.pdist(rows).sum() / max(len(rows) * (len(rows) - 1) / 2, 1)
 
 
 def _rows(samples: Tensor) -> Tensor:

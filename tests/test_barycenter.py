@@ -84,7 +84,7 @@ def test_the_papers_start_moves_from_the_previous_generator_towards_the_new_one(
         start="previous",
         fidelity=0.0,
         training=Training(
-            iterations=60, batch_size=32, generator_lr=5e-3, critic_lr=1e-2, warmup=20
+            iterations=120, batch_size=32, generator_lr=5e-3, critic_lr=1e-2, warmup=20
         ),
     )
     near = merged([LEFT, RIGHT], [0.9, 0.1], geodesic="displacement", stage=stage)

@@ -105,6 +105,18 @@ def test_cells_lie_as_deep_as_their_share_asks():
     assert (Code([1.0] * 1000)._paths >= 0).sum(1).max() == 10
 
 
+def test_branches_part_the_cells_by_the_first_cuts():
+    code = Code([1.0] * 8)
+    assert code.branches(0).unique().numel() == 1
+    for depth in (1, 2, 3):
+        sizes = code.branches(depth).unique(return_counts=True)[1]
+        assert sizes.tolist() == [2 ** (3 - depth)] * 2**depth
+    assert code.branches(9).tolist() == code.branches(3).tolist()
+    shallow = Code([8, 1, 1, 1]).branches(1)  # the first cell is a branch of its own
+    assert (shallow == shallow[0]).tolist() == [True, False, False, False]
+    assert Code([1.0]).branches(4).tolist() == [0]
+
+
 def test_shares_alone_determine_the_tree():
     shares = [0.1, 0.4, 0.1, 0.2, 0.2]
     z = latents(100, 3)

@@ -130,9 +130,9 @@ def test_what_is_imported_is_declared() -> None:
     # Assert
     needed = names(project["dependencies"])
     brought = {"datasets", "ray"}  # by flwr-datasets, and by flwr[simulation], which pins it
-    optional = {"flwr_datasets", "torch_fidelity", "torchmetrics", "matplotlib"}
+    optional = {"flwr_datasets", "torch_fidelity", "torchmetrics", "matplotlib", "opacus"}
     assert undeclared(("fl_wb", "strategies", "clients"), needed) <= optional | brought
     everywhere = ("fl_wb", "strategies", "clients", "tests", "benchmarks")
     assert undeclared(everywhere, needed | names(extras)) <= brought
     (everything,) = project["optional-dependencies"]["all"]
-    assert everything == "fl-wb[datasets,inception,plots]"
+    assert everything == "fl-wb[datasets,inception,plots,privacy]"

@@ -137,3 +137,19 @@ def test_descent_on_the_energy_distance_moves_samples_to_their_target():
         assert torch.isfinite(gradient).all()
         x = (x - 3 * gradient + 0.01 * normal(30, 2, seed=1)).detach().requires_grad_(True)
     assert energy_distance(x, y) < before / 10
+
+
+def test_energy_distance_within_cells_is_the_mean_of_the_cells():
+    x, y = normal(30, 3, seed=1), normal(30, 3, seed=2)
+    cells = torch.arange(30) % 3 % 2  # twenty of one, ten of the other
+    of_each = [energy_distance(x[cells == k], y[cells == k]) for k in (0, 1)]
+    expected = (20 * of_each[0] + 10 * of_each[1]) / 30
+    assert energy_distance(x, y, cells).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert energy_distance(x, y, 0 * cells).item() == pytest.approx(
+        energy_distance(x, y).item(), abs=1e-5
+    )
+
+
+def test_energy_distance_of_a_lone_sample_in_its_cell_is_to_its_partner():
+    x, y = torch.tensor([[0.0], [5.0]]), torch.tensor([[1.0], [7.0]])
+    assert energy_distance(x, y, torch.tensor([0, 1])).item() == pytest.approx(2 * 1.5)

@@ -11,8 +11,8 @@ alone memorises them, so three things are ours here:
   counts.
 
 A start that a gate made the target's own already (`fl_wb.adaptation.gates`) has few strangers left,
-which an anchor would hold: there, its samples are two thirds of what is learned, in the anchor's
-place.
+which an anchor would hold: where it fits the few samples, its samples are two thirds of what is
+learned, in the anchor's place.
 
 A small generator whose target is new may be *transported* first: its samples are coupled optimally
 with the widened ones, and it is regressed on that coupling (`transport_pairs`).
@@ -213,10 +213,11 @@ def adapt(
             order = torch.randperm(len(few), generator=torch.Generator().manual_seed(seed))
             few = few[order[:MANY].to(few.device)]
         pool = pool.to(few.device)
+        anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
         gated = isinstance(guide, Reweighted) and guide.gate is not None
-        anchor = settings.anchor
-        if anchor is None:
-            anchor = 0.0 if gated else choose_anchor(pool, few)
+        gated = gated and settings.anchor is None and anchor > 0
+        if gated:
+            anchor = 0.0
         # an anchored or gated start makes what a few samples lack
         unchanged = 0.0 if anchor or gated else max(0.0, 1 - SCARCE / len(few))
         moves = settings.method == "transport" and not anchor and not gated
@@ -248,7 +249,8 @@ def adapt(
     adapted = trained.generator
     if judged:
         made = generate(adapted, COMPARED, seed=seed, latent_dim=latent_dim)
-        if worse(made, pool[:COMPARED].cpu(), unseen):
+        was = generate(start, COMPARED, seed=seed, latent_dim=latent_dim)
+        if worse(made, was, unseen):
             adapted = start.requires_grad_(True)
     if isinstance(adapted, LabelledGenerator):
         adapted = adapted.generator

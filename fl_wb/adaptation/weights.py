@@ -128,6 +128,7 @@ def folded(generator: Reweighted, *, seed: int = 0) -> nn.Module:
     if generator.weights.equal(generator.shares):
         return student
     teacher = copy_of(generator).eval()
+    assert isinstance(teacher, Reweighted)
     teacher.gate = None
     distill(student, pairs_of(teacher, generator.latents), FOLDING, seed=seed)
     return student

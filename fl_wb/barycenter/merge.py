@@ -212,13 +212,13 @@ class Merge:
 
     def _pool(self, measures: Sequence[Measure], rng: torch.Generator) -> Pool:
         settings = self.settings
-        wanted = max(settings.distillation.iterations * settings.distillation.batch_size, 1)
+        batch = settings.distillation.batch_size
+        wanted = max(settings.distillation.iterations * batch, 1)
         if settings.start == "previous":  # then a critic's samples are all that is needed
             wanted = max(settings.training.reals, 1)
         if settings.geodesic != "displacement":
-            return mixture_pool(measures, self.latents, wanted, rng)
+            return mixture_pool(measures, self.latents, wanted, batch, rng)
         t = measures[1].weight / (measures[0].weight + measures[1].weight)
-        batch = settings.distillation.batch_size
         return displacement_pool(measures, t, self.latents, wanted, batch, rng)
 
     def _samples(self, measure: Measure, rng: torch.Generator) -> Sampler:
@@ -272,7 +272,7 @@ def _near(pool: Pool, weight: float) -> Regularizer | None:
     pairs = pool.pairs()
 
     def term(generator: nn.Module, _: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
-        z, x = pairs(len(fakes), rng)
+        z, x, _ = pairs(len(fakes), rng)
         distance: Tensor = (generator(z) - x).flatten(1).norm(dim=1).mean()
         return weight * distance
 

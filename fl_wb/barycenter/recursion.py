@@ -170,6 +170,7 @@ def barycenter_of(
     check_executor(executor)
     keys: list[str] = []
     done, total = 0, _stages(len(measures), widest)
+    merge = replace(merge, settings=merge.settings.of_measures(min(len(measures), widest)))
     if total and merge.settings.budget is not None:
         first = _level(measures, widest)[0]
         merge = merge.within(merge.settings.budget / total, first, initial)

@@ -21,11 +21,15 @@ from fl_wb.persistence.tensor_files import digest
 from fl_wb.training.distillation import Pairs
 from fl_wb.transport import displacement
 
-PAIRS = 65_536
-"""Pairs of a pool, at most. Half as many measured a fifth worse for ten sources of digits."""
+PAIRS = 131_072
+"""Pairs of a pool, at most. Half as many cost forty sources of digits some coverage, ten none."""
 
 BYTES = 256 << 20
 """Of a pool, at most."""
+
+OF_A_BRANCH = 24
+"""Pairs in a batch, at least, of each branch of the code: with fewer, an energy distance within it
+says little. Forty sources of digits, with five of each, lost a tenth of their coverage."""
 
 BATCH = 500
 """Latents that a generator is called with at a time."""
@@ -82,18 +86,19 @@ class UselessMeasure(ValueError):
 
 @dataclass(frozen=True)
 class Pool:
-    """Latents (n, latent_dim), the samples (n, ...) that each should become, their weights (n,)."""
+    """Latents (n, latent_dim), what each should become (n, ...), where it is, its weight (n,)."""
 
     z: Tensor
     x: Tensor
+    cell: Tensor
     weight: Tensor
 
     def pairs(self) -> Pairs:
         """Draw pairs as they come, with replacement."""
 
-        def draw(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        def draw(n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
             index = torch.randint(len(self.z), (n,), generator=rng, device=rng.device)
-            return self.z[index], self.x[index]
+            return self.z[index], self.x[index], self.cell[index]
 
         return draw
 
@@ -103,7 +108,11 @@ class Pool:
 
 
 def mixture_pool(
-    measures: Sequence[Measure], latents: Latents, wanted: int, rng: torch.Generator
+    measures: Sequence[Measure],
+    latents: Latents,
+    wanted: int,
+    batch: int,
+    rng: torch.Generator,
 ) -> Pool:
     """Draw pairs of the exact mixture, of each measure by the root of its share.
 
@@ -113,8 +122,9 @@ def mixture_pool(
     """
     code = Code([measure.weight for measure in measures])
     roots = [math.sqrt(share) for share in code.shares]
+    branches = code.branches(max(int(math.log2(batch / OF_A_BRANCH)), 0))
     often = [measure.labels or latents.labels for measure in measures]
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     size = wanted
     for k, measure in enumerate(measures):
         generator = measure.generator()
@@ -123,8 +133,9 @@ def mixture_pool(
         n = max(round(size * roots[k] / math.fsum(roots)), 2)
         inner = replace(latents, labels=often[k]).draw(n, rng)
         x = samples_of(measure, generator, inner)
+        branch = branches[k].to(x.device).expand(len(x))
         weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
-        parts.append((_embedded(code, k, inner, latents, often), x, weight))
+        parts.append((_embedded(code, k, inner, latents, often), x, branch, weight))
     return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -160,7 +171,8 @@ def displacement_pool(
         x, y = samples_of(measures[0], one, z), samples_of(measures[1], other, z)
         parts.append((z, displacement(x, y, t)))
     z, x = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Pool(z, x, torch.ones(len(z), device=rng.device))
+    one_cell = torch.zeros(len(z), dtype=torch.long, device=rng.device)
+    return Pool(z, x, one_cell, torch.ones(len(z), device=rng.device))
 
 
 @torch.no_grad()

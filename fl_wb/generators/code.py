@@ -106,6 +106,14 @@ class Code:
             cut[:, here] |= inside
         return torch.where(cut, law.rows(u).to(z.dtype), z)
 
+    def branches(self, depth: int) -> Tensor:
+        """Return which branch (K,) each cell is on, of those into which `depth` cuts part all."""
+        steps = self._paths[:, :depth]
+        if not steps.shape[1]:
+            return torch.zeros(len(self), dtype=torch.long)
+        last = (steps >= 0).sum(1, keepdim=True) - 1
+        return steps.gather(1, last).squeeze(1)
+
     def recode(self, z: Tensor, weights: Sequence[float], latents: Latents | None = None) -> Tensor:
         """Move latents so that cell k gets weights[k] of them, distributed as before."""
         return self.embed(*self.place(z, weights, latents), latents=latents)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-CANDIDATES = 32
+CANDIDATES = 16
 """Latents of which one is taken: fewer where the latent has too few coordinates to roll."""
 
 DIGITS = 64

@@ -190,7 +190,7 @@ def _entry(entry: dict[str, Any]) -> tuple[str, list[int], str, list[float], int
 def chosen(z: Array, gate: Sequence[Array]) -> Array:
     """Choose a roll of each latent (n, latent_dim), as `fl_wb.generators.gate.Gate.choose` does."""
     rolled = [sign * np.roll(z, by, 1) for sign in (1, -1) for by in range(z.shape[1])]
-    candidates = np.stack(rolled[:32], 1)
+    candidates = np.stack(rolled[:16], 1)
     x = candidates.astype(np.float64)
     for depth, layer in enumerate(gate):
         x = (x if depth == 0 else np.maximum(x, 0)) @ layer[:, :-1].T + layer[:, -1]

@@ -23,8 +23,9 @@ from fl_wb.training.random_numbers import own_random_numbers
 from fl_wb.training.wgan import Progress
 from fl_wb.transport import energy_distance
 
-Pairs = Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
-"""Draws n latents (n, latent_dim), and the sample (n, ...) that each should become."""
+Pairs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
+"""Draws n latents (n, latent_dim), the sample (n, ...) that each should become, and, if the latents
+are those of several measures, the cell (n,) that each is of (`fl_wb.generators.code`)."""
 
 
 def pairs_of(teacher: Callable[[Tensor], Tensor], latents: Latents) -> Pairs:
@@ -74,7 +75,9 @@ def distill(
     The loss is E||student(z) - x||_1 / sqrt(d) + energy * ED(student(z), x), for samples of d
     values. Sharing z is a coupling, so the first term bounds a multiple of W1 between the two
     measures from above; it alone would shrink the samples of a student that cannot follow
-    everywhere towards their median, which the second, a distance of the measures, sees.
+    everywhere towards their median, which the second, a distance of the measures, sees. Where
+    latents are of several measures it is taken within each of them, and so sees, too, what a
+    student makes at the border of two cells and neither measure has.
 
     Parameters
     ----------
@@ -103,11 +106,11 @@ def distill(
         for group, (rate, until) in zip(adam.param_groups, rates, strict=True):
             x = min(state.iteration / settings.iterations / until, 1.0)
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * x))
-        z, target = pairs(settings.batch_size, rng)
+        z, target, *cells = pairs(settings.batch_size, rng)
         with own_random_numbers(seed + state.iteration):
             samples = student(z)
         distance = (samples - target).abs().mean() * math.sqrt(target[0].numel())
-        loss = distance + energy * energy_distance(samples, target)
+        loss = distance + energy * energy_distance(samples, target, *cells)
         adam.zero_grad()
         loss.backward()
         adam.step()
