@@ -75,7 +75,10 @@ def _run(grid: Grid, config: Config, output: Path, overrides: str) -> str:
         except Exception as error:
             results.finish(Result(), error)
             raise
-        return results.finish(result)
+        table = results.finish(result)
+        if isinstance(strategy, AdaptiveCoalescence):
+            results.cells(result.arrays, strategy.shares, strategy.cells)
+        return table
     finally:
         tracker.close()
 

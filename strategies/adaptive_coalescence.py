@@ -286,6 +286,20 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
                 message.content = RecordDict({**message.content, keys.CODE: code})
         return messages
 
+    @property
+    def shares(self) -> list[float]:
+        """Of the model's cells; empty while it has none."""
+        return [] if self._coalescence is None else list(self._coalescence.shares)
+
+    @property
+    def cells(self) -> dict[int, int]:
+        """Which cell of the model is whose, by node id, of the nodes that are not forgotten.
+
+        So ``generate(network, n, source=strategy.cells[node_id], code=Code(strategy.shares))``
+        shows what a node contributed; see `fl_wb.generators.sampling.generate`.
+        """
+        return {} if self._coalescence is None else self._coalescence.cells
+
     def forget(self, node_id: int) -> None:
         """Forget what a node sent: of this model, targets give its cell a weight of 0, at once.
 

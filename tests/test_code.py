@@ -9,7 +9,11 @@ import torch
 from scipy.stats import kstest
 
 from fl_wb.generators.code import Code
+from fl_wb.generators.mixture import Mixture
+from fl_wb.generators.reweighted import reweighted
+from fl_wb.generators.sampling import generate
 from fl_wb.transport import energy_distance
+from tests.points import Gaussian
 
 CASES = [
     pytest.param([1.0], 3, id="one"),
@@ -135,3 +139,46 @@ def test_shares_that_are_none_are_refused(shares: list[float]):
 def test_weights_that_are_none_are_refused(weights: list[float]):
     with pytest.raises(ValueError, match="2 weights >= 0 are needed"):
         Code([1.0, 1.0]).place(latents(3, 2), weights)
+
+
+@pytest.mark.parametrize("source", range(3))
+@pytest.mark.parametrize("shares", [[1.0, 1.0, 1.0], [0.1, 0.6, 0.3]])
+def test_samples_of_one_source_are_its_own(shares: list[float], source: int):
+    # Prepare: a mixture, which knows its code, and what does not, and what is reweighted
+    sources = [Gaussian([10.0 * k, 0.0], std=0.1) for k in range(3)]
+    mixture = Mixture(sources, shares)
+    plain = torch.nn.Sequential(mixture)
+    plain.latent_dim = mixture.latent_dim
+    elsewhere = [float(k != source) for k in range(3)]
+
+    # Execute
+    of_it = generate(mixture, 500, seed=3, source=source)
+
+    # Assert
+    own = generate(sources[source], 500, seed=3)
+    torch.testing.assert_close(of_it, own, atol=1e-4, rtol=1e-5)
+    for other, code in (
+        (plain, mixture.code),
+        (reweighted(plain, mixture.code, elsewhere), None),
+        (reweighted(mixture, mixture.code, elsewhere), None),
+    ):
+        assert torch.equal(generate(other, 500, seed=3, source=source, code=code), of_it)
+
+
+def test_one_source_of_uniform_latents_is_its_own():
+    g = torch.nn.Identity()
+    made = generate(g, 400, latent_dim=2, latents="uniform", source=1, code=Code([3, 1]))
+    assert kstest(made[:, 0].numpy(), "uniform", (0.75, 0.25)).pvalue > 1e-3
+    assert kstest(made[:, 1].numpy(), "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("source", [-1, 3, 0.5])
+def test_a_source_that_is_none_is_refused(source: int):
+    mixture = Mixture([Gaussian([0.0]) for _ in range(3)])
+    with pytest.raises(ValueError, match=rf"source={source} must be from 0 to 2"):
+        generate(mixture, 2, source=source)
+
+
+def test_a_source_of_nobody_knows_which_is_refused():
+    with pytest.raises(ValueError, match=r"source=1: Gaussian does not say .* code=Code\(shares\)"):
+        generate(Gaussian([0.0]), 2, source=1)

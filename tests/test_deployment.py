@@ -156,7 +156,7 @@ def test_a_run_on_real_nodes_leaves_its_results(deployment: Recorded, story: Sto
     assert set(found["final"]) == {"few", "barycenter", "reweighted", "adapted", "ternary"}
     assert found["rounds"]["1"]["train"]["uploads-merged"] == 2
     assert len(found["sources"]) == 2
-    for name in ("sources", "barycenter", "adapted", "ternary", "overview"):
+    for name in ("sources", "barycenter", "cells", "adapted", "ternary", "overview"):
         assert (output / f"{name}.png").is_file()
     assert not (output / "few.png").exists()  # no real sample leaves a node
     (packed,) = (output / "ternary").glob("target-*.flwb")

@@ -92,6 +92,7 @@ def test_the_server_tells_targets_at_once_and_merges_without():
     assert sorted(ordered) == ["1", "3"]
     (forgotten,) = sent[0].content.config_records[keys.CODE][keys.FORGOTTEN]
     assert run._coalescence._cells[forgotten] == "2"
+    assert sorted([*run.cells.values(), forgotten]) == [0, 1, 2] and set(run.cells) == {1, 3}
     arrays = run._coalescence.merged(2, [1, 2, 3])
     assert arrays is not None and same(arrays, merged_of(1, 3))
     assert not run._coalescence.forgotten

@@ -11,8 +11,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from flwr.app import ConfigRecord, RecordDict
 from PIL import Image
+from torch import Tensor, nn
 
+from fl_wb.app.config import compose
+from fl_wb.app.results import Results
+from fl_wb.messages import records
 from fl_wb.reporting import progress as progress_module
 from fl_wb.reporting import tracker as tracker_module
 from fl_wb.reporting.pictures import sample_grid, save_grid
@@ -195,3 +200,38 @@ def test_table_is_aligned_and_says_which_way_is_better():
 
 def test_table_of_nothing():
     assert "\n" in summary_table({})
+
+
+class Halves(nn.Module):
+    """Black images of one half of its latents, and white ones of the other."""
+
+    latent_dim = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.one * z[:, :1].sign().view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+
+
+def test_each_sources_cell_has_a_row_under_the_sources_own_name(tmp_path):
+    # Prepare: node 7 is source 2, and has the second cell
+    results = Results(Tracker(tmp_path), compose(), Halves)
+    results._name("source", 7, RecordDict({"info": ConfigRecord({"partition": 2})}))
+
+    # Execute
+    results.cells(records.to_arrays(Halves()), [0.5, 0.5], {7: 1, 4: 0})
+    results.tracker.close()
+
+    # Assert
+    assert list(results._pictures["cell"]) == ["2", "4"]
+    pixels = picture((tmp_path / "cells.png").read_bytes())[:, -12 * 34 :]
+    assert (pixels[2:34, 0:32] == 255).all() and (pixels[36:68, 0:32] == 0).all()
+
+
+def test_no_code_no_picture_of_cells(tmp_path):
+    results = Results(Tracker(tmp_path), compose(), Halves)
+    results.cells(records.to_arrays(Halves()), [], {})
+    results.tracker.close()
+    assert not (tmp_path / "cells.png").exists()

@@ -92,6 +92,7 @@ def test_a_simulation_leaves_its_results(programs: Path, away: Path, tmp_path: P
     ):
         assert word in done.stdout
     found = check_results(tmp_path / "run")
+    assert (tmp_path / "run" / "cells.png").read_bytes().startswith(PNG)
     assert found["rounds"]["1"]["train"]["uploads-merged"] == 2
     assert found["bytes"]["ternary"][0] < found["bytes"]["generator"]
     state, _ = load_tensors(tmp_path / "run" / "barycenter.safetensors")
@@ -125,6 +126,7 @@ def test_later_rounds_train_nothing_anew(tmp_path: Path) -> None:
 def test_fedavg_is_one_setting_away(tmp_path: Path) -> None:
     run_in_process(tmp_path, "strategy=fedavg", "rounds=2")
     found = check_results(tmp_path, rounds=2)
+    assert not (tmp_path / "cells.png").exists()  # an average has none
     rounds = found["rounds"]
     assert rounds["1"]["train"]["critic-loss"] != rounds["2"]["train"]["critic-loss"]
     assert (tmp_path / "fedavg.safetensors").is_file()

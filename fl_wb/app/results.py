@@ -12,13 +12,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
 from fl_wb import ternary
 from fl_wb.app.config import Config
 from fl_wb.app.provenance import provenance
+from fl_wb.generators.code import code_of
 from fl_wb.generators.mixture import fitting
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import records, replies
@@ -213,6 +214,28 @@ class Results:
             raise RuntimeError("no target evaluated the generator: the log above says why")
         return summary_table(self._rows_of(last, size))
 
+    def cells(self, arrays: ArrayRecord, shares: Sequence[float], cells: Mapping[int, int]) -> None:
+        """Draw what each source contributed to the final barycenter.
+
+        Parameters
+        ----------
+        arrays : ArrayRecord
+            The barycenter's.
+        shares : sequence of float
+            Of its code's cells.
+        cells : mapping
+            Which cell is whose, by node id; empty where there is no code, and nothing to draw.
+        """
+        network = records.load(arrays, self.generator())
+        names = {node: name for (role, name), node in self._names.items() if role == "source"}
+        self._pictures["cell"] = {
+            names.get(node, str(node)): generate(
+                network, COLUMNS, source=cell, code=code_of(tuple(shares))
+            )
+            for node, cell in cells.items()
+        }
+        self._draw("cell", "cells")
+
     def _rows_of(self, mean: dict[str, dict[str, float]], size: int) -> dict[str, Any]:
         """Return the table's rows: of each target if they are few, else of their mean."""
         titles = {"barycenter": self.model, "few": "few, resampled", "real": "as many real ones"}
@@ -283,7 +306,7 @@ class Results:
 
 
 def _rows(step: str, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    who = "source" if step == "source" else "target"
+    who = "source" if step in ("source", "cell") else "target"
     return {f"{who} {name}": samples[name] for name in sorted(samples, key=_by_number)[:ROWS]}
 
 

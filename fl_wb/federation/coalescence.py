@@ -61,11 +61,11 @@ class Coalescence:
         self.uploads = Uploads()
         self.shares: list[float] = []
         self.forgotten: list[int] = []
-        self._cells: list[str] = []  # the uploads of the last merge
+        self._cells: list[str] = []  # the uploads of which they are
         self._merged: State | None = None  # the barycenter, under the generator's own names
         self._afresh = False  # whether the next merge may know nothing of the last one
         self._given = False  # to whoever waits for this start's model
-        self._weighed: list[float] = []  # the weights of the last merge
+        self._last: tuple[list[float], list[str]] = ([], [])  # merged: their weights and keys
         self._memory: Memory | None = None
         if (folder := merger.store.folder) is not None:
             self._memory = Memory(folder / "nodes", model.all)
@@ -115,6 +115,15 @@ class Coalescence:
             self.forgotten.append(self._cells.index(upload.key))
         log(INFO, "forgot node %d", node_id)
 
+    @property
+    def cells(self) -> dict[int, int]:
+        """Which cell of the model is whose, by node id."""
+        if not self.shares:
+            return {}
+        places = {key: cell for cell, key in enumerate(self._cells)}
+        uploads = self.uploads.of_nodes().items()
+        return {node: places[upload.key] for node, upload in uploads if upload.key in places}
+
     def save(self, server_round: int) -> None:
         """Keep the end of a round on disk, if there is a folder."""
         if self._memory is not None:
@@ -140,7 +149,8 @@ class Coalescence:
         if merged is None:
             return None
         self._merged, self.uploads.changed = merged, False
-        self.shares = self._merger.shares(self._weighed)
+        weights, self._cells = self._last
+        self.shares = self._merger.shares(weights)
         self.forgotten, self._afresh = [], False
         return self._whole(merged)
 
@@ -191,7 +201,7 @@ class Coalescence:
                 return None
             else:
                 log(INFO, "aggregate_train: merged in %.1f s", perf_counter() - began)
-                self._weighed, self._cells = weights, [upload.key for upload in uploads]
+                self._last = weights, [upload.key for upload in uploads]
                 return merged
         return None
 

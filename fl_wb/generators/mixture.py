@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fl_wb.generators.code import code_of
+from fl_wb.generators.code import Code, code_of
 from fl_wb.generators.sampling import latents_of
 
 _SHARES = "shares"
@@ -45,10 +45,14 @@ class Mixture(nn.Module):
         shares = torch.tensor([1.0] * len(generators) if weights is None else list(weights))
         self.register_buffer(_SHARES, shares / shares.sum())
 
+    @property
+    def code(self) -> Code:
+        """Which latents are whose."""
+        return code_of(tuple(self.shares.tolist()))
+
     def forward(self, z: Tensor) -> Tensor:
         """Map latents (n, latent_dim) to samples (n, ...)."""
-        code = code_of(tuple(self.shares.tolist()))
-        return code.mix(list(self.generators), z, self.latents)
+        return self.code.mix(list(self.generators), z, self.latents)
 
 
 def states_as_mixture(states: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:

@@ -40,12 +40,16 @@ class Reweighted(nn.Module):
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
         self.gate = gate
 
+    @property
+    def code(self) -> Code:
+        """What the cells are, in the generator inside."""
+        return code_of(tuple(self.shares.tolist()))
+
     def forward(self, z: Tensor) -> Tensor:
         """Map latents (n, latent_dim) to samples (n, ...)."""
-        code = code_of(tuple(self.shares.tolist()))
         if self.gate is not None:
             z = self.gate.choose(z)
-        samples: Tensor = self.generator(code.recode(z, self.weights.tolist(), self.latents))
+        samples: Tensor = self.generator(self.code.recode(z, self.weights.tolist(), self.latents))
         return samples
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fl_wb.generators.code import Code
 from fl_wb.generators.latents import Draw, Driven, Latents, frequencies, law_of
 
 Labels = int | Sequence[float] | None
@@ -99,6 +100,8 @@ def generate(
     labels: Labels = None,
     latents: str | Draw = "normal",
     batch_size: int = 1000,
+    source: int | None = None,
+    code: Code | None = None,
 ) -> Tensor:
     """Draw n samples from a generator, the same for the same seed.
 
@@ -116,14 +119,24 @@ def generate(
         The law of the latents; a callable draws n of them with a ``torch.Generator``.
     batch_size : int
         Latents that the generator is called with at a time.
+    source : int, optional
+        Of a barycenter, sample this source's cell alone, whatever weight it has.
+    code : Code, optional
+        What the cells are, where the generator does not say it, as a `Reweighted` does.
 
     Returns
     -------
     Tensor
         Samples (n, ...) on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If there is no such source, or nobody says what the cells are.
     """
+    made = driven(generator, latent_dim, labels, latents)
     return generate_rows(
-        driven(generator, latent_dim, labels, latents),
+        made if source is None else _cell(made, source, code, latent_dim),
         n,
         seed=seed,
         latent_dim=latent_dim,
@@ -145,6 +158,25 @@ def generate_rows(
     with sampling(generator):
         made = [generator(part.to(device)).cpu() for part in rows.split(batch_size)]
     return rows, torch.cat(made)
+
+
+def _cell(generator: nn.Module, source: int, code: Code | None, latent_dim: int | None) -> Driven:
+    """Return a generator whose latents lie in one cell of its code."""
+    law, own = latents_of(generator, latent_dim), getattr(generator, "code", None)
+    if isinstance(own, Code):  # what is reweighted has another inside, that learned the cells
+        generator, code = getattr(generator, "generator", generator), own
+    if code is None:
+        raise ValueError(
+            f"source={source!r}: {type(generator).__name__} does not say what its cells are: pass "
+            "code=Code(shares), the shares of its sources"
+        )
+    if source not in range(len(code)):
+        raise ValueError(f"source={source!r} must be from 0 to {len(code) - 1}, a cell of the code")
+
+    def drawn(n: int, rng: torch.Generator) -> Tensor:
+        return code.embed(torch.full((n,), source), law.draw(n, rng), latents=law)
+
+    return Driven(generator, Latents(law.width, drawn))
 
 
 def check_function(generator: nn.Module, rows: Tensor) -> None:
