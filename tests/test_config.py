@@ -130,7 +130,7 @@ def test_hydra_may_be_initialised_already() -> None:
         ("data=mnits", "data='mnits' must be one of: cifar10, .*, mnist; did you mean 'mnist'"),
         (
             "experiment=none",
-            "must be one of: mixed, non_overlapping, overlapping, resembling, three_sources, "
+            "must be one of: dirichlet, mixed, non_overlapping, overlapping, resembling, three_sources, "
             "two_targets, unequal",
         ),
         ("client.source=3", "client.source is a group; its keys are: batch_size, "),
