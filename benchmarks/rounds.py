@@ -23,7 +23,6 @@ import json
 import logging
 import random
 import statistics
-import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,8 +45,12 @@ from fl_wb.reporting import tables
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "gan" / "after"))
-task = importlib.import_module("gan_app.task")
+TASK = Path(__file__).parents[1] / "examples" / "gan" / "after" / "gan_app" / "task.py"
+_spec = importlib.util.spec_from_file_location("benchmarks.gan_task", TASK)
+assert _spec is not None
+assert _spec.loader is not None
+task = importlib.util.module_from_spec(_spec)  # under a name of its own: apps have one of that
+_spec.loader.exec_module(task)
 
 SPLITS = ("classes", "dirichlet0.1", "dirichlet0.4", "iid")
 METHODS = ("fedavg", "ours", "chain")

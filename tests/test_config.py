@@ -130,8 +130,8 @@ def test_hydra_may_be_initialised_already() -> None:
         ("data=mnits", "data='mnits' must be one of: cifar10, .*, mnist; did you mean 'mnist'"),
         (
             "experiment=none",
-            "must be one of: dirichlet, mixed, non_overlapping, overlapping, resembling, three_sources, "
-            "two_targets, unequal",
+            "must be one of: dirichlet, mixed, non_overlapping, overlapping, resembling, "
+            "three_sources, two_targets, unequal",
         ),
         ("client.source=3", "client.source is a group; its keys are: batch_size, "),
         ("hydra.run.dir=x", "no key 'hydra.run.dir'"),

@@ -26,6 +26,7 @@ from fl_wb import ternary
 from fl_wb.clients import FastAdaptation
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
+from fl_wb.training.distillation import Distillation
 from tests.fresh import ROOT
 from tests.toys import ADAPTATION, STAGE, TERNARIZATION
 
@@ -54,7 +55,9 @@ def results(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     monkeypatch.setattr("fl_wb.barycenter.recursion.Stage", lambda: STAGE)
     monkeypatch.setattr("fl_wb.adaptation.fast_adaptation.Adaptation", lambda: ADAPTATION)
     monkeypatch.setattr("fl_wb.adaptation.fast_adaptation.POOL", 100)
-    monkeypatch.setattr("fl_wb.ternary.ternarization.Ternarization", lambda: TERNARIZATION)
+    monkeypatch.setattr("fl_wb.clients.fast_adaptation.Ternarization", lambda: TERNARIZATION)
+    monkeypatch.setattr("fl_wb.adaptation.weights.FOLDING", Distillation(20))
+    monkeypatch.setattr("fl_wb.adaptation.gates.ITERATIONS", 20)
     found: list[Result] = []
     start = Strategy.start
 
@@ -197,7 +200,7 @@ launch(settings, nodes=2, log=Path("superlink.log"), app=Path(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("name", ["vae", "tabular"])  # the GAN differs in nothing that they lack
+@pytest.mark.parametrize("name", ["tabular"])  # whose nodes train, adapt and evaluate
 def test_an_example_as_users_run_it(name: str, programs: Path, away: Path) -> None:
     app = shutil.copytree(EXAMPLES / name / "after", away / "app")
     done = subprocess.run(
