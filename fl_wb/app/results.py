@@ -240,16 +240,18 @@ class Results:
         """Return the table's rows: of each target if they are few, else of their mean."""
         titles = {"barycenter": self.model, "few": "few, resampled", "real": "as many real ones"}
         targets = sorted(self.targets, key=_by_number)
-        apart = {f", target {name}": _steps(self.targets[name]) for name in targets}
+        apart = {
+            f", target {name}": (_steps(self.targets[name]), self._ternary.get(name, 0))
+            for name in targets
+        }
         if not 1 < len(targets) <= APART:
-            apart = {"": mean}
-        packed = max(self._ternary.values(), default=0)
-        sizes = dict.fromkeys(("barycenter", "reweighted", "adapted"), size) | {"ternary": packed}
+            apart = {"": (mean, max(self._ternary.values(), default=0))}
+        sizes = dict.fromkeys(("barycenter", "reweighted", "adapted"), size)
         return {
             titles.get(step, step) + whose: steps[step]
-            | ({"kB": sizes[step] / 1000} if step in sizes else {})
+            | ({"kB": kept / 1000} if (kept := (sizes | {"ternary": packed}).get(step)) else {})
             for step in mean
-            for whose, steps in apart.items()
+            for whose, (steps, packed) in apart.items()
             if step in steps
         }
 
