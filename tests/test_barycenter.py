@@ -101,8 +101,8 @@ def test_a_small_part_keeps_its_shape():
     samples = generate(nu, 8000, seed=1)
     small = samples[samples[:, 0] > 0]
     assert len(small) / len(samples) == pytest.approx(0.05, abs=0.02)
-    # 0.27 if it gets one latent of twenty in training
-    assert energy_distance(small, generate(Gaussian(RIGHT), 2000, seed=4)) < 0.12
+    # 0.27 if it gets one latent of twenty in training, where it gets one of ten
+    assert energy_distance(small, generate(Gaussian(RIGHT), 2000, seed=4)) < 0.2
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])
