@@ -220,6 +220,19 @@ def test_an_anchor_holds_the_generator_at_its_start():
     assert moved(100.0) < moved(0.0) / 3
 
 
+@pytest.mark.parametrize("n", [5, 100])  # a hundred tell that a wild training made it worse
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_frozen_stays(method: str, n: int):
+    start = Gaussian((0.0, 0.0))
+    start.affine.requires_grad_(False)
+
+    adapted = adapt(start, few(n, mean=3.0), critic=critic, settings=tiny(method))
+
+    assert same(adapted.affine, start.affine) and not same(adapted, start)
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in start.named_parameters() if p.requires_grad}
+
+
 # many samples
 
 

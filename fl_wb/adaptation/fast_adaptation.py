@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fl_wb.adaptation.anchor import COMPARED, choose_anchor, worse
 from fl_wb.adaptation.variation import labelled_bank, transport_pairs, variation_bank
-from fl_wb.generators.copies import copy_of
+from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.latents import Draw
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.reweighted import Reweighted
@@ -181,11 +181,13 @@ def adapt(
     """
     settings = settings or Adaptation()
     home, form = device_of(generator), None
-    start = copy_of(generator).to(device or home).eval().requires_grad_(False)
+    start = trainable_copy(generator).to(device or home).eval()
     if labels is None:
         start = driven(start, latent_dim, None, latents)
     else:
         start, form = labelled(start, few_labels, labels, latent_dim, latents, seed)
+    student = copy_of(start).train(settings.fresh)
+    start.requires_grad_(False)
     check_function(start, latents_of(start, latent_dim).some().to(device_of(start)))
     guide = guide or start
     pool = generate(guide, POOL, seed=seed, latent_dim=latent_dim)
@@ -206,7 +208,6 @@ def adapt(
     if judged:
         few, unseen = few[~left_out], few[left_out].cpu()
     real, regularizer = resample(few), None
-    student = copy_of(start).requires_grad_(True).train(settings.fresh)
     then = callback
     if settings.method != "plain":
         if len(few) > MANY:
@@ -251,7 +252,9 @@ def adapt(
         made = generate(adapted, COMPARED, seed=seed, latent_dim=latent_dim)
         was = generate(start, COMPARED, seed=seed, latent_dim=latent_dim)
         if worse(made, was, unseen):
-            adapted = start.requires_grad_(True)
+            for kept, learned in zip(start.parameters(), adapted.parameters(), strict=True):
+                kept.requires_grad_(learned.requires_grad)
+            adapted = start
     if isinstance(adapted, LabelledGenerator):
         adapted = adapted.generator
     return undriven(adapted.to(home), generator)

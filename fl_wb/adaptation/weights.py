@@ -18,7 +18,7 @@ from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from fl_wb.generators.code import Code
-from fl_wb.generators.copies import copy_of
+from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.reweighted import Reweighted
 from fl_wb.generators.sampling import device_of, latents_of, sampling
 from fl_wb.training.distillation import Distillation, distill, pairs_of
@@ -124,7 +124,7 @@ def folded(generator: Reweighted, *, seed: int = 0) -> nn.Module:
     gate is left out: neighbouring latents become samples that are far apart, which no generator
     follows (measured).
     """
-    student = copy_of(generator.generator).eval().requires_grad_(True)
+    student = trainable_copy(generator.generator).eval()
     if generator.weights.equal(generator.shares):
         return student
     teacher = copy_of(generator).eval()

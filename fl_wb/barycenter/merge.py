@@ -22,7 +22,7 @@ from fl_wb.barycenter.teachers import (
     pool_size,
     samples_of,
 )
-from fl_wb.generators.copies import copy_of
+from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.latents import Latents
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import fingerprint
@@ -149,10 +149,8 @@ class Merge:
         return replace(self, settings=settings)
 
     def _student(self, measures: Sequence[Measure], initial: nn.Module | None) -> nn.Module:
-        student = self.placed(initial if initial is not None else measures[0].generator())
-        if not any(parameter.requires_grad for parameter in student.parameters()):
-            student.requires_grad_(True)  # handed over as a network that only generates
-        return student
+        student = initial if initial is not None else measures[0].generator()
+        return trainable_copy(student).to(self.device).eval()
 
     def placed(self, generator: nn.Module) -> nn.Module:
         """Copy a generator to the device, in the mode in which it is sampled."""

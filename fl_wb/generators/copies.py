@@ -16,3 +16,14 @@ def copy_of(module: nn.Module) -> nn.Module:
     kept = (value for part in module.modules() for value in vars(part).values())
     graph = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
     return deepcopy(module, dict(graph))  # the memo: what stands in for each
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """Copy a module that is to be trained: what is frozen stays so, unless all of it is.
+
+    All of it is where a network was handed over that only generates.
+    """
+    copied = copy_of(module)
+    if not any(parameter.requires_grad for parameter in copied.parameters()):
+        copied.requires_grad_(True)
+    return copied
