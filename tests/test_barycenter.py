@@ -10,17 +10,14 @@ import numpy as np
 import ot
 import pytest
 import torch
-from scipy.stats import kstest
 from torch import Tensor, nn
 
 from fl_wb.barycenter import GEODESICS, Stage, optimality_gap, recursive_barycenter
-from fl_wb.generators.code import Code
-from fl_wb.generators.mixture import Mixture
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import energy_distance
 from fl_wb.training.distillation import Distillation
 from fl_wb.training.wgan import Training
-from fl_wb.transport import displacement, wasserstein1
+from fl_wb.transport import wasserstein1
 from tests.points import Gaussian, critic, same
 
 # A higher rate and fewer iterations than the defaults: enough for points in the plane.
@@ -266,55 +263,6 @@ def test_settings_out_of_range_are_refused():
         Stage(start="cold")
 
 
-# the exact mixture
-
-
-def at(*point: float) -> nn.Module:
-    return Gaussian(point, std=0.25)
-
-
-def latents(n: int = 20_000) -> Tensor:
-    """Draw standard normal latents, the deciding first coordinate spread evenly."""
-    z = torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
-    z[:, 0] = torch.special.ndtri((torch.arange(n) + 0.5) / n)
-    return z
-
-
-def off_normal(values: Tensor, mean: float = 0.0, std: float = 1.0) -> float:
-    """Return the Kolmogorov-Smirnov distance to N(mean, std^2)."""
-    return float(kstest(values.numpy(), "norm", (mean, std)).statistic)
-
-
-@pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
-def test_the_push_forward_is_the_mixture(t: float):
-    with torch.no_grad():
-        samples = Code([1 - t, t]).mix([at(-2.0, 1.0), at(2.0, -1.0)], latents())
-    second = samples[:, 0] > 0
-    assert second.float().mean().item() == pytest.approx(t, abs=1e-3)
-    for mode, (x, y) in ((~second, (-2, 1)), (second, (2, -1))):
-        assert off_normal(samples[mode, 0], x, 0.25) < 2e-3
-        assert off_normal(samples[mode, 1], y, 0.25) < 0.04
-
-
-def test_a_mixture_of_many_has_their_shares_and_is_a_generator():
-    centres = [(-4.0, 0.0), (0.0, 0.0), (4.0, 0.0)]
-    mixture = Mixture([at(*centre) for centre in centres], [1.0, 5.0, 2.0])
-    with torch.no_grad():
-        found = shares(mixture(latents()), centres)
-    torch.testing.assert_close(found, torch.tensor([0.125, 0.625, 0.25]), atol=5e-3, rtol=0)
-    assert mixture.latent_dim == at(0.0, 0.0).latent_dim
-    mixture(latents(100)).sum().backward()
-    assert all(parameter.grad is not None for parameter in mixture.parameters())
-
-
-@pytest.mark.parametrize("t", [1e-3, 0.5, 1 - 1e-3])
-def test_extreme_latents_make_finite_samples(t: float):
-    z = torch.tensor([[-40.0], [-9.0], [0.0], [9.0], [40.0]])
-    there = Code([1 - t, t]).mix([lambda z: z] * 2, z)
-    assert torch.isfinite(there).all() and there.abs().max() < 10
-    assert z[0, 0] == -40  # the argument is left alone
-
-
 # a stage of many, and trees of stages
 
 
@@ -388,126 +336,3 @@ def test_a_sequence_that_makes_its_generators_is_asked_when_they_are_needed():
     eager = [Gaussian(corner) for corner in TRIANGLE]
     assert same(nu, recursive_barycenter(eager, critic=critic, stage=TINY))
     assert len(lazy.made) <= 3 * 3
-
-
-# what the generators' layers keep
-
-
-class Normalised(nn.Module):
-    """A generator of points with one kind of normalisation, away from the origin."""
-
-    def __init__(self, kind: str, shift: float) -> None:
-        super().__init__()
-        self.latent_dim = 4
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(10 * shift) % 7)
-            first, last = nn.Linear(4, 32), nn.Linear(32, 2)
-        between: nn.Module = nn.Identity()
-        if kind == "spectral":
-            first, last = (nn.utils.parametrizations.spectral_norm(f) for f in (first, last))
-        elif kind == "batch":
-            between = nn.BatchNorm1d(32)
-        elif kind == "batch statistics":
-            between = nn.BatchNorm1d(32, track_running_stats=False)
-        else:
-            between = nn.Sequential(
-                nn.Unflatten(1, (4, 8)), nn.InstanceNorm1d(4, affine=True), nn.Flatten()
-            )
-        self.net = nn.Sequential(first, between, nn.ReLU(), last)
-        self.scale = nn.Parameter(torch.tensor(3.0), requires_grad=False)
-        self.shift = nn.Parameter(torch.tensor([shift, 0.0]))
-        with torch.no_grad():
-            for _ in range(40):
-                self(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, z: Tensor) -> Tensor:
-        return self.scale * self.net(z) + self.shift
-
-
-@pytest.mark.parametrize("kind", ["batch", "spectral", "instance", "batch statistics"])
-@pytest.mark.parametrize("wgan", [0, 20])
-def test_train_mode_and_eval_mode_agree_after_a_merge(kind: str, wgan: int):
-    stage = Stage(
-        distillation=Distillation(iterations=400, batch_size=64, lr=1e-2),
-        training=Training(iterations=wgan, warmup=5),
-    )
-    sources = [Normalised(kind, -4.0).eval(), Normalised(kind, 4.0).eval()]
-    nu = recursive_barycenter(sources, [1, 30 if kind == "batch statistics" else 1], stage=stage)
-    calm = generate(nu, 4000, seed=1)
-    nu.train()
-    with torch.no_grad():
-        z = torch.randn(4000, 4, generator=torch.Generator().manual_seed(2))
-        for _ in range(15):  # as a client's first steps would
-            excited = torch.cat([nu(part) for part in z.split(200)])
-    assert abs(energy_distance(calm, excited)) < 0.05
-    assert nu.scale.item() == 3.0 and not nu.scale.requires_grad and nu.shift.requires_grad
-    if kind == "spectral":
-        for layer in (nu.net[0], nu.net[3]):
-            assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() < 1.02
-
-
-# optimality_gap
-
-
-def point(*values: float) -> Tensor:
-    return torch.tensor([values])
-
-
-def test_the_bound_is_reached_by_every_point_of_a_geodesic_at_equal_weights():
-    left, right = torch.randn(40, 2) * 0.5, 4 + torch.randn(40, 2) * 0.5
-    translate = left + 5.0
-    for samples, sources in (
-        (torch.cat([left, left, left, right]), (left, right)),
-        (displacement(left, translate, 0.3), (left, translate)),
-        (left, (left, right)),
-    ):
-        objective, bound = optimality_gap(samples, sources)
-        assert objective == pytest.approx(wasserstein1(*sources) / 2, rel=1e-5)
-        assert objective == pytest.approx(bound, rel=1e-5)
-
-
-def test_at_unequal_weights_the_heavier_measure_is_optimal():
-    left, right = point(0.0, 0.0), point(3.0, 4.0)
-    objective, bound = optimality_gap(left, [left, right], [3.0, 1.0])
-    assert objective == pytest.approx(0.25 * 5)
-    assert bound == pytest.approx(objective)
-
-
-def test_three_points_of_a_triangle():
-    corners = [point(*corner) for corner in TRIANGLE]
-    side = 4.0
-    # stage by stage, on point masses: the middle of two corners, then a third of the way
-    middle = displacement(corners[0], corners[1], 1 / 2)
-    centroid = displacement(middle, corners[2], 1 / 3)
-
-    mixture, bound = optimality_gap(torch.cat(corners), corners)
-    optimum, _ = optimality_gap(centroid, corners)
-
-    assert mixture == pytest.approx(2 / 3 * side, rel=1e-6)
-    assert optimum == pytest.approx(side / math.sqrt(3), rel=1e-6)
-    assert mixture / optimum == pytest.approx(2 / math.sqrt(3), rel=1e-6)
-    assert bound == pytest.approx(side / 2, rel=1e-6)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_bound_is_below_every_objective(seed: int):
-    rng = torch.Generator().manual_seed(seed)
-    k = 2 + seed % 3
-    sources = [
-        3 * torch.randn(1, 2, generator=rng) + torch.randn(9, 2, generator=rng) for _ in range(k)
-    ]
-    weights = (torch.rand(k, generator=rng) + 0.05).tolist()
-    candidates = [*sources, torch.cat(sources), torch.stack(sources).mean(0)]
-    for candidate in candidates:
-        objective, bound = optimality_gap(candidate, sources, weights)
-        assert 0 < bound <= objective + 1e-9
-
-
-def test_weights_of_the_gap_are_normalised():
-    sources = [point(0.0), point(1.0), point(5.0)]
-    one = optimality_gap(point(2.0), sources, [1, 2, 3])
-    other = optimality_gap(point(2.0), sources, [10, 20, 30])
-    assert one == pytest.approx(other)
-    assert one[0] == pytest.approx((2 * 1 + 1 * 2 + 3 * 3) / 6)
-    with pytest.raises(ValueError, match="2 weights for 3 measures"):
-        optimality_gap(point(2.0), sources, [1, 2])

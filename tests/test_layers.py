@@ -1,0 +1,66 @@
+"""What layers that derive something from their weights or batches keep through a merge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fl_wb.barycenter import Stage, recursive_barycenter
+from fl_wb.generators.sampling import generate
+from fl_wb.metrics import energy_distance
+from fl_wb.training.distillation import Distillation
+from fl_wb.training.wgan import Training
+
+
+class Normalised(nn.Module):
+    """A generator of points with one kind of normalisation, away from the origin."""
+
+    def __init__(self, kind: str, shift: float) -> None:
+        super().__init__()
+        self.latent_dim = 4
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(10 * shift) % 7)
+            first, last = nn.Linear(4, 32), nn.Linear(32, 2)
+        between: nn.Module = nn.Identity()
+        if kind == "spectral":
+            first, last = (nn.utils.parametrizations.spectral_norm(f) for f in (first, last))
+        elif kind == "batch":
+            between = nn.BatchNorm1d(32)
+        elif kind == "batch statistics":
+            between = nn.BatchNorm1d(32, track_running_stats=False)
+        else:
+            between = nn.Sequential(
+                nn.Unflatten(1, (4, 8)), nn.InstanceNorm1d(4, affine=True), nn.Flatten()
+            )
+        self.net = nn.Sequential(first, between, nn.ReLU(), last)
+        self.scale = nn.Parameter(torch.tensor(3.0), requires_grad=False)
+        self.shift = nn.Parameter(torch.tensor([shift, 0.0]))
+        with torch.no_grad():
+            for _ in range(40):
+                self(torch.randn(64, 4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.scale * self.net(z) + self.shift
+
+
+@pytest.mark.parametrize("kind", ["batch", "spectral", "instance", "batch statistics"])
+@pytest.mark.parametrize("wgan", [0, 20])
+def test_train_mode_and_eval_mode_agree_after_a_merge(kind: str, wgan: int):
+    stage = Stage(
+        distillation=Distillation(iterations=400, batch_size=64, lr=1e-2),
+        training=Training(iterations=wgan, warmup=5),
+    )
+    sources = [Normalised(kind, -4.0).eval(), Normalised(kind, 4.0).eval()]
+    nu = recursive_barycenter(sources, [1, 30 if kind == "batch statistics" else 1], stage=stage)
+    calm = generate(nu, 4000, seed=1)
+    nu.train()
+    with torch.no_grad():
+        z = torch.randn(4000, 4, generator=torch.Generator().manual_seed(2))
+        for _ in range(15):  # as a client's first steps would
+            excited = torch.cat([nu(part) for part in z.split(200)])
+    assert abs(energy_distance(calm, excited)) < 0.05
+    assert nu.scale.item() == 3.0 and not nu.scale.requires_grad and nu.shift.requires_grad
+    if kind == "spectral":
+        for layer in (nu.net[0], nu.net[3]):
+            assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() < 1.02
