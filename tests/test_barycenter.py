@@ -310,6 +310,17 @@ def test_a_geodesic_between_two_measures_takes_two(geodesic: str):
         recursive_barycenter([Gaussian(LEFT)], fan_in=1)
 
 
+@pytest.mark.parametrize(("n", "iterations"), [(2, 20), (10, 20), (20, 34), (40, 56), (80, 56)])
+def test_a_stage_of_many_measures_takes_longer(n: int, iterations: int):
+    told: list[tuple[int, int]] = []
+    recursive_barycenter(
+        [Gaussian((float(k), 0.0)) for k in range(n)],
+        stage=Stage(distillation=Distillation(iterations=20, batch_size=8)),
+        callback=lambda done, total, losses: told.append((done, total)),
+    )
+    assert told[-1] == (iterations, iterations)  # 20 (n / 10) ** 3/4, at most 2.8 times 20
+
+
 def test_a_stage_can_start_at_another_generator():
     sources = [Gaussian(LEFT), Gaussian(RIGHT)]
     stage = Stage(distillation=Distillation(iterations=1, batch_size=8, lr=1e-9))

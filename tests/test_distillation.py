@@ -61,6 +61,25 @@ def test_the_loss_of_two_points():
     assert losses == [pytest.approx(7 / math.sqrt(2) + 3 * 2 * 5)]
 
 
+def test_the_energy_distance_of_several_cells_is_within_them():
+    student, losses = Gaussian((0.0, 0.0), std=0.0), []
+
+    def pairs(n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+        cell = torch.arange(n) % 2
+        x = torch.stack([2.0 * cell - 1, torch.zeros(n)], 1)  # -1 in the one, 1 in the other
+        return torch.zeros(n, 4), x, cell
+
+    distill(
+        student,
+        pairs,
+        Distillation(iterations=1),
+        energy=3.0,
+        callback=lambda done, total, loss: losses.append(loss["distillation"]),
+    )
+    # of the whole it would be less: the samples differ among each other
+    assert losses == [pytest.approx(1 / math.sqrt(2) + 3 * 2)]
+
+
 def test_two_modes_are_both_reached_where_the_map_cannot_be_followed():
     # A linear student of a teacher that jumps: it cannot follow, but covers both sides.
     torch.manual_seed(0)

@@ -235,3 +235,15 @@ def test_no_code_no_picture_of_cells(tmp_path):
     results.cells(records.to_arrays(Halves()), [], {})
     results.tracker.close()
     assert not (tmp_path / "cells.png").exists()
+
+
+def test_each_target_has_the_bytes_of_its_own_ternary_generator(tmp_path):
+    results = Results(Tracker(tmp_path), compose(), Halves)
+    results.targets = {"0": {"ternary/w1": 1.0}, "1": {"ternary/w1": 2.0}}
+    results._ternary = {"0": 4000, "1": 5000}
+    rows = results._rows_of({"ternary": {"w1": 1.5}}, 9000)
+    results.tracker.close()
+    assert rows == {
+        "ternary, target 0": {"w1": 1.0, "kB": 4.0},
+        "ternary, target 1": {"w1": 2.0, "kB": 5.0},
+    }
