@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.barycenter import Stage, recursive_barycenter
+from fl_wb.generators.latents import Latents
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import energy_distance
 from fl_wb.training.distillation import Distillation
+from fl_wb.training.statistics import settle
 from fl_wb.training.wgan import Training
 
 
@@ -64,3 +66,13 @@ def test_train_mode_and_eval_mode_agree_after_a_merge(kind: str, wgan: int):
     if kind == "spectral":
         for layer in (nu.net[0], nu.net[3]):
             assert torch.linalg.matrix_norm(layer.weight.detach(), 2).item() < 1.02
+
+
+def test_statistics_are_those_of_all_batches_however_slowly_they_move():
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=1e-4)).eval()
+    settle(network, Latents(4))
+    linear, norm = network
+    torch.testing.assert_close(norm.running_mean, linear.bias.detach(), atol=0.05, rtol=0)
+    var = linear.weight.detach().square().sum(1)
+    torch.testing.assert_close(norm.running_var, var, atol=0, rtol=0.1)
+    assert not norm.training and norm.momentum == 1e-4

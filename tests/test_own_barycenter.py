@@ -219,3 +219,14 @@ def test_folded_weights_are_in_the_architecture_itself(monkeypatch: pytest.Monke
     made, wanted, old = (generate(g, 1000, seed=2) for g in (plain, own, network))
     assert energy_distance(made, wanted) < energy_distance(old, wanted) / 10
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_folding_leaves_what_is_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "FOLDING", Distillation(2, 8))
+    network = MLPGenerator(SHAPE, latent_dim=4, width=8).eval()
+    network.net[0].requires_grad_(False)
+    plain = folded(reweighted(network, CODE, [0.0, 0.0, 1.0]))
+    trained = {name for name, p in plain.named_parameters() if p.requires_grad}
+    assert trained == {name for name, p in network.named_parameters() if p.requires_grad}
+    moved = dict(plain.named_parameters())
+    assert {n for n, p in network.named_parameters() if not moved[n].equal(p)} == trained
