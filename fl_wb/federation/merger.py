@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fl_wb.barycenter import Measure, Merge, Stage, barycenter_of, check_conditional, shares_learned
 from fl_wb.federation.model import State
-from fl_wb.generators.latents import Draw, Driven, frequencies, law_of
+from fl_wb.generators.latents import Draw, frequencies, law_of
 from fl_wb.generators.networks import MLPCritic
-from fl_wb.generators.sampling import driven, generate, latents_of
+from fl_wb.generators.sampling import driven, generate, latents_of, undriven
 from fl_wb.messages import records
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.reporting.progress import progress
@@ -74,7 +74,8 @@ class Merger:
         UselessMeasure, FloatingPointError, InvalidUpload
             If nothing comes of it, the first where one of the measures is the cause.
         """
-        network = self._driven(self.generator())
+        plain = self.generator()
+        network = self._driven(plain)
         settings, initial = self.stage, None
         if before is not None:
             initial = self.network(before)
@@ -96,8 +97,8 @@ class Merger:
             callback=self.callback or progress("Barycenter"),
         )
         self.check(merged)
-        plain = merged.generator if isinstance(merged, Driven) else merged
-        return {name: value.cpu() for name, value in plain.state_dict().items()}
+        state = undriven(merged, plain).state_dict()
+        return {name: value.cpu() for name, value in state.items()}
 
     def _driven(self, network: nn.Module) -> nn.Module:
         return driven(network, self.latent_dim, self.labels, self.latents)
