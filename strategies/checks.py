@@ -141,7 +141,7 @@ def _sampled(network: nn.Module, latents: Latents) -> Tensor:
             f"the generator makes {str(samples.dtype).removeprefix('torch.')} samples "
             f"{tuple(samples.shape)} of latents (4, {dim}); it must make floating ones (4, ...)"
         )
-    check_function(network, z)
+    check_function(network, latents)
     scale = float(samples.abs().max())
     try:
         with sampling(network):

@@ -211,9 +211,17 @@ def test_a_generator_that_is_no_function_of_its_rows_is_refused(make: Any, reaso
     torch.manual_seed(0)
     before = torch.get_rng_state()
     with pytest.raises(ValueError, match=reason):
-        check_function(Of(make), Latents(2).some())
+        check_function(Of(make), Latents(2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_drawn_labels_are_refused_whatever_is_drawn() -> None:
+    coin = Of(lambda z: z + 100 * torch.randint(2, (len(z), 1)))
+    for seed in range(500):
+        torch.manual_seed(seed)
+        with pytest.raises(ValueError, match="other samples of the same latents"):
+            check_function(coin, Latents(2))
+
+
 def test_batch_statistics_pass() -> None:
-    check_function(Of(lambda z: z / z.std(0)), Latents(2).some())
+    check_function(Of(lambda z: z / z.std(0)), Latents(2))

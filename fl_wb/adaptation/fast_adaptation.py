@@ -188,7 +188,7 @@ def adapt(
         start, form = labelled(start, few_labels, labels, latent_dim, latents, seed)
     student = copy_of(start).train(settings.fresh)
     start.requires_grad_(False)
-    check_function(start, latents_of(start, latent_dim).some().to(device_of(start)))
+    check_function(start, latents_of(start, latent_dim))
     guide = guide or start
     pool = generate(guide, POOL, seed=seed, latent_dim=latent_dim)
     _check_samples(samples, form.split(pool)[0] if form else pool)

@@ -136,7 +136,7 @@ def recursive_barycenter(
     given = generators[0]
     first, home = driven(given, latent_dim, labels, latents), device_of(given)
     law = latents_of(first, latent_dim)
-    check_function(first, law.some().to(home))
+    check_function(first, law)
     merge = Merge(
         settings,
         critic or (lambda: MLPCritic(generate(first, 2, latent_dim=latent_dim).shape[1:])),

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from fl_wb.generators.code import Code
 from fl_wb.generators.latents import Draw, Driven, Latents, frequencies, law_of
 
+OF_A_FUNCTION = 64  # rows of a check: a few labels, drawn twice, agree too often on fewer
+
 Labels = int | Sequence[float] | None
 """How many labels a generator takes, or how often each is drawn; None: it takes none."""
 
@@ -179,8 +181,8 @@ def _cell(generator: nn.Module, source: int, code: Code | None, latent_dim: int 
     return Driven(generator, Latents(law.width, drawn))
 
 
-def check_function(generator: nn.Module, rows: Tensor) -> None:
-    """Refuse a generator of one tensor whose samples come of more than their rows (n, width).
+def check_function(generator: nn.Module, latents: Latents) -> None:
+    """Refuse a generator of one tensor whose samples come of more than their rows of `latents`.
 
     Labels that it draws itself would be such a thing: nobody could learn what it makes. Samples
     that hang on those beside them, as batch statistics have it, pass.
@@ -190,6 +192,7 @@ def check_function(generator: nn.Module, rows: Tensor) -> None:
     ValueError
         If it makes other samples when it is called again, or of the same rows in another order.
     """
+    rows = latents.some(OF_A_FUNCTION).to(device_of(generator))
     with torch.random.fork_rng(), sampling(generator):
         samples, again = generator(rows), generator(rows)
         turned = generator(rows.flip(0)).flip(0)

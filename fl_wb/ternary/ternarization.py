@@ -146,7 +146,7 @@ def ternarize(
     given = copy_of(generator).to(device or device_of(generator)).eval().requires_grad_(False)
     teacher = driven(given, latent_dim, labels, latents)
     law = latents_of(teacher, latent_dim)
-    check_function(teacher, law.some().to(device_of(teacher)))
+    check_function(teacher, law)
     if law.plain and not isinstance(teacher, Reweighted):
         teacher = turned(teacher, lambda weight: Ternary(weight)(weight), law.dim, seed=seed)
     ternary = undriven(_distilled(teacher, settings, law, seed, callback), given)
