@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from flwr.app import (
+    ArrayRecord,
     ConfigRecord,
     Context,
     Message,
@@ -179,7 +180,7 @@ def target_evaluate(
         {
             keys.METRICS: MetricRecord(figures),
             keys.INFO: info,
-            keys.SAMPLES: records.from_tensors(pictures),
+            keys.SAMPLES: ArrayRecord(pictures),
         }
     )
 

@@ -22,6 +22,7 @@ from fl_wb.data import datasets
 from fl_wb.messages import records
 from fl_wb.persistence.locks import locked
 from fl_wb.persistence.stage_store import StageStore
+from fl_wb.private_interfaces import is_simulated
 from fl_wb.reporting.tracker import Tracker
 from fl_wb.strategies import AdaptiveCoalescence, EdgeOnly, Ensemble, RoleFedAvg, Transfer
 
@@ -132,8 +133,7 @@ def wait_for_nodes(grid: Grid, number: int) -> None:
     """
     began = monotonic()
     while (connected := len(list(grid.get_node_ids()))) < number:
-        simulated = type(grid).__name__ == "InMemoryGrid"
-        if simulated and monotonic() - began > SIMULATION_SECONDS:
+        if is_simulated(grid) and monotonic() - began > SIMULATION_SECONDS:
             raise RuntimeError(
                 f"this simulation has {connected} nodes, and its configuration {number} (each "
                 "source and each target is one); run it with `fl-wb`, or give `flwr run` "

@@ -17,7 +17,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords, sample_nodes
 from torch import Tensor
 
 from fl_wb.federation.model import average
@@ -26,6 +25,7 @@ from fl_wb.messages import replies as checked
 from fl_wb.messages.keys import BOTH, FORGET, ROLE, ROLES, SOURCE, TARGET
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
+from fl_wb.private_interfaces import aggregate_metricrecords, sample_nodes
 
 Form = frozenset[tuple[str, int, bool]]  # of metrics: see `_form`
 

@@ -20,7 +20,7 @@ from fl_wb.app.results import Results
 from fl_wb.messages import records
 from fl_wb.reporting import progress as progress_module
 from fl_wb.reporting import tracker as tracker_module
-from fl_wb.reporting.pictures import sample_grid, save_grid
+from fl_wb.reporting.pictures import sample_grid
 from fl_wb.reporting.progress import progress
 from fl_wb.reporting.tables import summary_table
 from fl_wb.reporting.tracker import Tracker
@@ -81,11 +81,6 @@ def test_any_number_of_channels_and_broken_values_are_drawn(channels):
 def test_what_is_no_image_is_refused(samples):
     with pytest.raises(ValueError, match="only images"):
         sample_grid(samples)
-
-
-def test_save_grid_writes_a_png(tmp_path):
-    save_grid(tmp_path / "deep" / "grid.png", torch.zeros(2, 1, 8, 8))
-    assert Image.open(tmp_path / "deep" / "grid.png").format == "PNG"
 
 
 def test_tracker_leaves_events_pictures_and_json(tmp_path):

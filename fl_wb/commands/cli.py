@@ -16,9 +16,6 @@ from statistics import fmean
 
 import hydra
 import torch
-
-# Private, as of Hydra 1.3: what `hydra.main` itself parses, here before it starts anything.
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import to_absolute_path
@@ -40,6 +37,7 @@ from fl_wb.data import datasets
 from fl_wb.data.readers import DataError
 from fl_wb.generators.networks import make_critic, make_generator
 from fl_wb.metrics import inception_features
+from fl_wb.private_interfaces import hydra_arguments
 from fl_wb.reporting.tables import summary_table
 
 # What the runs of one command came to (Hydra's own return values end with the first failure).
@@ -49,7 +47,7 @@ _failures: list[str] = []
 
 def main() -> None:
     """Run the command line interface."""
-    arguments = get_args_parser().parse_args()
+    arguments = hydra_arguments().parse_args()
     if arguments.config_path:
         sys.exit("fl-wb: --config-path is FL-WB's own; --config-dir=FOLDER adds one of yours")
     try:

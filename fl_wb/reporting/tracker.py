@@ -62,24 +62,19 @@ class Tracker:
         self._event(lambda events: events.add_scalar(tag, value, step))
 
     def images(
-        self,
-        tag: str,
-        samples: Tensor | Mapping[str, Tensor],
-        *,
-        columns: int = 10,
-        step: int | None = None,
+        self, tag: str, samples: Tensor | Mapping[str, Tensor], *, columns: int = 10
     ) -> None:
         """Write a grid of samples to ``<tag>.png`` and to TensorBoard; see `sample_grid`."""
-        self.picture(tag, lambda: sample_grid(samples, columns), step=step)
+        self.picture(tag, lambda: sample_grid(samples, columns))
 
-    def picture(self, tag: str, drawn: Callable[[], bytes], *, step: int | None = None) -> None:
+    def picture(self, tag: str, drawn: Callable[[], bytes]) -> None:
         """Write a PNG file to ``<tag>.png`` and to TensorBoard."""
 
         def draw() -> None:
             picture = drawn()
             write_atomic(self.output / f"{tag}.png", picture)
             pixels = np.asarray(Image.open(io.BytesIO(picture)))
-            self._event(lambda events: events.add_image(tag, pixels, step, dataformats="HWC"))
+            self._event(lambda events: events.add_image(tag, pixels, dataformats="HWC"))
 
         self._attempt(f"{tag}.png", draw)
 
