@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from fl_wb import ternary
 from fl_wb.adaptation import POOL, Adaptation, variation_bank
-from fl_wb.clients.fast_adaptation import make_own, own_samples, received, received_code
+from fl_wb.clients.fast_adaptation import make_own
+from fl_wb.clients.received import fitted, own_samples, received, received_code
 from fl_wb.generators.sampling import driven, generate, generate_rows, latents_of
-from fl_wb.messages import keys, records
+from fl_wb.messages import keys
 from fl_wb.messages.replies import PICTURES
 from fl_wb.metrics import Evaluation, Reference, augmentation, evenly
 from fl_wb.ternary import Ternarization
@@ -108,7 +109,9 @@ def target_evaluate(
     counts = None if few_labels is None or labels is None else label_counts(few_labels, labels)
     few = own_samples(few, context, driven(plain, latent_dim, counts), latent_dim)
     snapshots = Snapshots((adaptation or Adaptation()).training.iterations, settings.snapshots)
-    sent, (code, without) = _critic(message, critic), received_code(message, context)
+    sent, (code, without) = None, received_code(message, context)
+    if critic is not None and keys.CRITIC in message.content.array_records:
+        sent = fitted(message.content.array_records[keys.CRITIC], critic(), context, "critic")
     made = make_own(
         plain.to(device),
         few.to(device),
@@ -216,17 +219,6 @@ class _Judge:
             self.reference.compare(*draw(n, self.seed + k)) for k in range(self.settings.draws)
         ]
         return {name: fmean(figures[name] for figures in found) for name in found[0]}
-
-
-def _critic(message: Message, critic: Callable[[], nn.Module] | None) -> nn.Module | None:
-    """Return the critic that a message carries beside the generator, if it does."""
-    sent = message.content.array_records.get(keys.CRITIC)
-    if sent is None or critic is None:
-        return None
-    try:
-        return records.load(sent, critic())
-    except records.InvalidUpload as error:
-        raise ValueError(f"the critic in the message does not fit this node's: {error}") from error
 
 
 def _curve(

@@ -16,13 +16,14 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 
 from fl_wb.app.config import Config, from_run_config, new_folder
-from fl_wb.app.factories import factories, seeded
+from fl_wb.app.factories import factories
 from fl_wb.app.results import Results
 from fl_wb.data import datasets
+from fl_wb.generators.copies import seeded
 from fl_wb.messages import records
 from fl_wb.persistence.locks import locked
 from fl_wb.persistence.stage_store import StageStore
-from fl_wb.private_interfaces import is_simulated
+from fl_wb.private_apis import is_simulated
 from fl_wb.reporting.tracker import Tracker
 from fl_wb.strategies import AdaptiveCoalescence, EdgeOnly, Ensemble, RoleFedAvg, Transfer
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fl_wb.federation.model import own_arrays
+from fl_wb.generators.copies import seeded
 from fl_wb.generators.latents import Draw, Latents
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import Labels, check_function, driven, latents_of, sampling
 from fl_wb.messages import numpy_client, records
-from fl_wb.private_interfaces import caller_of_kind
+from fl_wb.private_apis import caller_of_kind
 from fl_wb.training.wgan import critic_loss
 
 WRAPPERS = (
@@ -192,8 +193,7 @@ def check_not_wrapped() -> None:
 
 
 def _made(name: str, factory: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # what the caller draws next is none of our business
-        network = factory()
+    network = seeded(factory, 0)
     if not isinstance(network, nn.Module):
         raise ValueError(f"the {name}'s factory made a {type(network).__name__}, not an nn.Module")
     return network

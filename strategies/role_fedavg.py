@@ -25,7 +25,7 @@ from fl_wb.messages import replies as checked
 from fl_wb.messages.keys import BOTH, FORGET, ROLE, ROLES, SOURCE, TARGET
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
-from fl_wb.private_interfaces import aggregate_metricrecords, sample_nodes
+from fl_wb.private_apis import aggregate_metricrecords, sample_nodes
 
 Form = frozenset[tuple[str, int, bool]]  # of metrics: see `_form`
 

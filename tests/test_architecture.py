@@ -107,15 +107,15 @@ def test_files_of_the_mathematics_fit_one_reading(room: str) -> None:
 PRIVATE = ("flwr.common.constant", "flwr.supercore", "flwr.superlink", "hydra._internal")
 
 
-@pytest.mark.parametrize("room", sorted({*ROOMS} - {"private_interfaces"}))
-def test_private_interfaces_are_used_in_one_place(room: str) -> None:
+@pytest.mark.parametrize("room", sorted({*ROOMS} - {"private_apis"}))
+def test_private_apis_are_used_in_one_place(room: str) -> None:
     found = {name for name in imports(room) if name.startswith(PRIVATE)}
 
     assert not found | {name for name in imports(room) if "strategy_utils" in name}
 
 
-def test_private_interfaces_are_those_of_the_versions_tested_with() -> None:
-    said = ast.get_docstring(ast.parse(files("private_interfaces")[0].read_text("utf-8")))
+def test_private_apis_are_those_of_the_versions_tested_with() -> None:
+    said = ast.get_docstring(ast.parse(files("private_apis")[0].read_text("utf-8")))
     pinned = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
 
     for name in ("flwr", "hydra-core"):

@@ -11,7 +11,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from fl_wb import ternary
 from fl_wb.app.config import Config
 from fl_wb.app.provenance import provenance
 from fl_wb.generators.code import code_of
+from fl_wb.generators.copies import seeded
 from fl_wb.generators.mixture import fitting
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import records, replies
@@ -77,8 +77,7 @@ class Results:
         self._names: dict[tuple[str, str], int] = {}  # (source or target, name): node id
         self._ternary: dict[str, int] = {}  # bytes
         self._pictures: dict[str, dict[str, Tensor]] = {}
-        with torch.random.fork_rng(devices=[]):
-            network = generator()
+        network = seeded(generator, 0)
         self._shape = tuple(self._drawn(network, 2).shape[1:])
         self._most = sum(len(a.data) for a in records.to_arrays(network).values())
         self._bar = progress("Barycenter")

@@ -37,7 +37,7 @@ from fl_wb.data import datasets
 from fl_wb.data.readers import DataError
 from fl_wb.generators.networks import make_critic, make_generator
 from fl_wb.metrics import inception_features
-from fl_wb.private_interfaces import hydra_arguments
+from fl_wb.private_apis import hydra_arguments
 from fl_wb.reporting.tables import summary_table
 
 # What the runs of one command came to (Hydra's own return values end with the first failure).

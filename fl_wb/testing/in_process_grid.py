@@ -14,7 +14,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fl_wb.private_interfaces import ErrorCode, address, identify, through_the_wire
+from fl_wb.private_apis import ErrorCode, address, identify, through_the_wire
 
 RUN_ID, SUPERLINK = 7, 1
 Fault = Callable[[Message], bool]

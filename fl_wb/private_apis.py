@@ -1,8 +1,8 @@
 """What FL-WB needs of Flower and Hydra beyond their public interfaces.
 
-As seen in flwr 1.41.0 and hydra-core 1.3.8. All of it is here, but for the methods of Flower's `FedAvg` that its subclasses call
-(``_check_and_log_replies``, ``_construct_messages``). The names of older clients' records are in
-`fl_wb.messages.numpy_client`.
+As seen in flwr 1.41.0 and hydra-core 1.3.8. All of it is here, but for the methods of `FedAvg`
+that its subclasses call (``_check_and_log_replies``, ``_construct_messages``), and the names of
+older clients' records (`fl_wb.messages.numpy_client`).
 """
 
 from __future__ import annotations
