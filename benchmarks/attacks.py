@@ -33,8 +33,9 @@ from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from torch import Tensor, nn
 
 from benchmarks.hostile import SOURCES, collapsed, inverted, marked, noise
-from fl_wb.app.config import Config, compose, to_run_config
+from fl_wb.app.config import compose, to_run_config
 from fl_wb.app.factories import factories
+from fl_wb.app.schema import Config
 from fl_wb.client_app import app
 from fl_wb.clients.training import train_source
 from fl_wb.data import datasets

@@ -26,8 +26,9 @@ from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Mes
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fl_wb.app.config import Config, from_run_config
+from fl_wb.app.config import from_run_config
 from fl_wb.app.factories import factories
+from fl_wb.app.schema import Config
 from fl_wb.clients import source_train, target_evaluate
 from fl_wb.data import datasets
 from fl_wb.data.samples import Samples

@@ -15,9 +15,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 
-from fl_wb.app.config import Config, from_run_config, new_folder
+from fl_wb.app.config import from_run_config, new_folder
 from fl_wb.app.factories import factories
 from fl_wb.app.results import Results
+from fl_wb.app.schema import Config
 from fl_wb.data import datasets
 from fl_wb.generators.copies import seeded
 from fl_wb.messages import records

@@ -185,10 +185,11 @@ class RoleFedAvg(FedAvg):
         message_type: str,
     ) -> list[Message]:
         config["server-round"] = self._round = server_round
-        record = {self.arrayrecord_key: arrays, self.configrecord_key: config}
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         if message_type == MessageType.EVALUATE:
-            record = {numpy_client.evaluation_key(key): value for key, value in record.items()}
-        self._sent = list(self._construct_messages(RecordDict(record), node_ids, message_type))
+            evaluation = numpy_client.evaluation_key
+            record = RecordDict({evaluation(key): value for key, value in record.items()})
+        self._sent = list(self._construct_messages(record, node_ids, message_type))
         return self._sent
 
     def forget(self, node_id: int) -> None:

@@ -220,7 +220,7 @@ def test_each_sources_cell_has_a_row_under_the_sources_own_name(tmp_path):
     results.tracker.close()
 
     # Assert
-    assert list(results._pictures["cell"]) == ["2", "4"]
+    assert list(results._album.samples["cell"]) == ["2", "4"]
     pixels = picture((tmp_path / "cells.png").read_bytes())[:, -12 * 34 :]
     assert (pixels[2:34, 0:32] == 255).all() and (pixels[36:68, 0:32] == 0).all()
 

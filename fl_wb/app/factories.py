@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fl_wb.app.config import Config
+from fl_wb.app.schema import Config
 from fl_wb.data import datasets
 from fl_wb.generators.networks import make_critic, make_generator
 

@@ -21,18 +21,11 @@ from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
-from fl_wb.app.config import (
-    CONF,
-    SEARCH,
-    Config,
-    ConfigError,
-    check_absolute,
-    checked,
-    compose,
-    to_run_config,
-)
-from fl_wb.app.overrides import parse
-from fl_wb.commands.launcher import RunFailed, launch, submit
+from fl_wb.app.config import CONF, SEARCH, check_absolute, checked, compose, to_run_config
+from fl_wb.app.overrides import ConfigError, parse
+from fl_wb.app.schema import Config
+from fl_wb.commands.launcher import launch, submit
+from fl_wb.commands.superlink import RunFailed
 from fl_wb.data import datasets
 from fl_wb.data.readers import DataError
 from fl_wb.generators.networks import make_critic, make_generator
