@@ -97,7 +97,7 @@ def test_an_example_runs(name: str, version: str, results: list[Result]) -> None
 def test_numpy_clients_run_and_their_discriminator_is_averaged(
     version: str, results: list[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"num-server-rounds": 3, "local-epochs": 20}
+    settings = {"num-server-rounds": 3, "local-epochs": 10}
     with example("numpy_client", version) as (server, client):
         # Prepare: note what each node's list is in the end
         lists: dict[int, tuple[int, list[Any]]] = {}
