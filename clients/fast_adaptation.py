@@ -217,7 +217,7 @@ class FastAdaptation:
             message, context, self.generator, key=self.arrayrecord_key, prefixes=self._prefixes
         )
         code, without = received_code(message, context)
-        few, few_labels = self._few(context, start)
+        few, few_labels = self.few(context, start)
         made = self._made(start, few, few_labels, code, without, context)
         content = dict(message.content)
         whole = message.content.array_records[self.arrayrecord_key]
@@ -234,12 +234,14 @@ class FastAdaptation:
             reply.content[self.reply_key] = ConfigRecord({keys.TERNARY: packed})
         return reply
 
-    def few(self, context: Context, start: nn.Module) -> Tensor:
-        """Return the node's few samples, checked against what the generator makes."""
-        return self._few(context, start)[0]
+    def few(self, context: Context, start: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Return the node's few samples, seen to fit the generator, and their labels if it has any.
 
-    def _few(self, context: Context, start: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Return the node's few samples and, where there are labels, theirs."""
+        Raises
+        ------
+        TypeError, ValueError
+            Saying what `samples` returned instead.
+        """
         given: Any = self.samples(context)
         one = driven(start, self.latent_dim, self.labels, self.latents)
         if self.labels is None:

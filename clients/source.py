@@ -52,7 +52,6 @@ def source_train(
     again: bool = False,
     send_critic: bool = False,
     store: StageStore | None = None,
-    latent_dim: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     callback: Progress | None = None,
@@ -87,7 +86,7 @@ def source_train(
     store : StageStore, optional
         Keeps the generator, and checkpoints on the way to it, for later runs with the same
         settings and data: a node or a run that was killed is not trained twice.
-    latent_dim, seed, device, callback : optional
+    seed, device, callback : optional
         As in `train_source`; the device to train on.
 
     Returns
@@ -121,9 +120,9 @@ def source_train(
         data, unseen = data[seen], data[held_out]
         own_labels = None if own_labels is None else own_labels[seen]
         # Named by where training starts, too: a round of FedAvg finds nothing of the one before.
-        one = driven(network, latent_dim, labels)
+        one = driven(network, labels=labels)
         judge = seeded(critic, seed)
-        key = key_of(one, latent_dim, judge, data, own_labels, settings, privacy, seed, device)
+        key = key_of(one, judge, data, own_labels, settings, privacy, seed, device)
         found = store.get(key) if store else None
         if found is None:
             trained, figures = train_source(
@@ -132,7 +131,6 @@ def source_train(
                 data.to(device),
                 settings,
                 privacy=privacy,
-                latent_dim=latent_dim,
                 own_labels=None if own_labels is None else own_labels.to(device),
                 labels=labels,
                 seed=seed,
@@ -155,7 +153,7 @@ def source_train(
         made = {name: found[name] for name in network.state_dict()}
         if min_memorization is not None:
             network.load_state_dict(made)
-            made_of = generate(network.cpu(), MADE, latent_dim=latent_dim, labels=often)
+            made_of = generate(network.cpu(), MADE, labels=often)
             measured = memorization(made_of, data, unseen)
             if not measured >= min_memorization:
                 raise ValueError(

@@ -36,7 +36,6 @@ def train_source(
     settings: Training,
     *,
     privacy: Privacy | None = None,
-    latent_dim: int | None = None,
     own_labels: Tensor | None = None,
     labels: int | None = None,
     seed: int = 0,
@@ -61,7 +60,7 @@ def train_source(
     own_labels, labels : optional
         The samples' labels (n,), and how many there are, for a conditional generator; its critic
         sees samples and labels (`fl_wb.training.conditional`).
-    latent_dim, seed, callback, checkpoint : optional
+    seed, callback, checkpoint : optional
         As in `fl_wb.training.wgan.train_wgan`.
 
     Returns
@@ -77,7 +76,7 @@ def train_source(
         if privacy and privacy.epsilon is not None:
             raise ValueError(f"labels={labels} are told as they are: not with an epsilon")
         form = Labelled.of(samples, labels)
-        one = driven(generator, latent_dim, label_counts(own_labels, labels))
+        one = driven(generator, labels=label_counts(own_labels, labels))
         generator = LabelledGenerator(one, form)
         judge = seeded(lambda: labelled_critic(critic(), form), seed)
         samples = form.join(samples, own_labels)
@@ -99,7 +98,6 @@ def train_source(
         [judge],
         [real],
         settings,
-        latent_dim=latent_dim,
         seed=its_seed,
         critic_steps=steps,
         callback=listen,
@@ -113,7 +111,6 @@ def train_source(
 
 def key_of(
     network: nn.Module,
-    latent_dim: int | None,
     critic: nn.Module,
     data: Tensor,
     own_labels: Tensor | None,
@@ -123,7 +120,7 @@ def key_of(
     device: str,
 ) -> str:
     """Name all that a training depends on, what the networks' code does included."""
-    z = latents_of(network, latent_dim).some()
+    z = latents_of(network).some()
     told = {} if own_labels is None else {"labels": own_labels}
     went_in = {
         "version": VERSION,

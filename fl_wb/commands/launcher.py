@@ -16,7 +16,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -81,14 +81,10 @@ def launch(
     with flower_home() as home, _interruptible():
         environment = environment_of(home)
         with own_superlink(home, environment, log):
-            folder = _own_app(home) if app is None else app
-            settings = _settings(home, run_config)
             size = f"num-supernodes={nodes} client-resources-num-cpus=1"
             if gpus:
                 size += f" client-resources-num-gpus={gpus}"
-            command = ["flwr", "run", str(folder), "--stream", "--run-config", settings]
-            run_id, cause = _stream([*command, "--federation-config", size], environment)
-            _check_completed(run_id, cause, environment)
+            _run(run_config, app, home, environment, [], ["--federation-config", size])
 
 
 def submit(run_config: Mapping[str, str], superlink: str, *, app: Path | None = None) -> None:
@@ -98,13 +94,11 @@ def submit(run_config: Mapping[str, str], superlink: str, *, app: Path | None = 
 
     Parameters
     ----------
-    run_config : mapping of str to str
-        The values of Flower's run config.
+    run_config, app
+        As in `launch`; FL-WB itself is then to be installed on the SuperLink's machine and the
+        nodes.
     superlink : str
         Name of a connection in Flower's own configuration (``flwr config list``).
-    app : path, optional
-        Folder of the app; by default FL-WB itself, which the SuperLink's machine and the nodes
-        then need to have installed.
 
     Raises
     ------
@@ -115,20 +109,29 @@ def submit(run_config: Mapping[str, str], superlink: str, *, app: Path | None = 
         environment = environment_of(home)
         del environment["FLWR_HOME"]  # the connection stands in the user's
         environment |= {k: v for k, v in os.environ.items() if k == "FLWR_HOME"}
-        folder = _own_app(home) if app is None else app
-        command = ["flwr", "run", str(folder), superlink, "--stream"]
-        settings = _settings(home, run_config)
-        run_id, cause = _stream([*command, "--run-config", settings], environment)
-        _check_completed(run_id, cause, environment, superlink)
+        _run(run_config, app, home, environment, [superlink])
 
 
-def _settings(home: Path, run_config: Mapping[str, str]) -> str:
-    """Write a run config to a file that `flwr run` reads."""
-    settings = home / "run.toml"
+def _run(
+    run_config: Mapping[str, str],
+    app: Path | None,
+    home: Path,
+    environment: dict[str, str],
+    superlink: list[str],
+    options: Sequence[str] = (),
+) -> None:
+    """Run an app as `flwr run` does, and see to the end of it."""
     # A JSON string is a TOML string; `--run-config key="..."` could hold no quotation mark.
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in run_config.items()]
+    settings = home / "run.toml"
     settings.write_text("".join(lines), encoding="utf-8")
-    return str(settings)
+    if app is None:
+        app = home / "app"
+        app.mkdir()
+        (app / "pyproject.toml").write_text(APP, encoding="utf-8")
+    command = ["flwr", "run", str(app), *superlink, "--stream", "--run-config", str(settings)]
+    run_id, cause = _stream([*command, *options], environment)
+    _check_completed(run_id, cause, environment, superlink)
 
 
 def _stream(command: list[str], environment: dict[str, str]) -> tuple[str, str]:
@@ -177,7 +180,9 @@ class _Cause:
             self.text = line.strip()
 
 
-def _check_completed(run_id: str, cause: str, environment: dict[str, str], *superlink: str) -> None:
+def _check_completed(
+    run_id: str, cause: str, environment: dict[str, str], superlink: Sequence[str]
+) -> None:
     """Raise unless Flower lists the run as completed (`flwr run --stream` itself exits with 0)."""
     deadline = time.monotonic() + STATUS_SECONDS
     while True:
@@ -207,13 +212,6 @@ def _last_words(text: str) -> str:
     with suppress(ValueError, LookupError, TypeError):
         text = str(json.loads(text)["error-message"])
     return text.strip().rpartition("\n")[2]
-
-
-def _own_app(home: Path) -> Path:
-    folder = home / "app"
-    folder.mkdir()
-    (folder / "pyproject.toml").write_text(APP, encoding="utf-8")
-    return folder
 
 
 @contextmanager
