@@ -63,30 +63,25 @@ def source_train(
 
     Parameters
     ----------
-    message, context
-        As Flower hands them over.
     generator, critic : callable
         Factories of the networks.
     samples : callable
         Returns the node's data (n, ...); only called if there is something to train. With
         `labels`, a pair of these and their labels (n,).
-    settings : Training
-        How long and how fast.
-    privacy : Privacy, optional
-        As in `train_source`; not together with `again`, which would spend epsilon in each round.
     min_memorization : float, optional
         Upload nothing whose `fl_wb.metrics.memorization` is less: about 1 if nothing was
         memorised, 0 for copies. To measure it, one sample in `HELD_OUT` is not trained on.
     labels : int, optional
         Train a conditional generator of so many labels, and say how often each is there.
     again : bool
-        Train in every round, from the arrays of that round (what FedAvg needs).
+        Train in every round, from the arrays of that round (what FedAvg needs); not with privacy,
+        which would spend epsilon in each.
     send_critic : bool
         Send the critic, too, as a second ArrayRecord (what fine-tuning both of them needs).
     store : StageStore, optional
         Keeps the generator, and checkpoints on the way to it, for later runs with the same
         settings and data: a node or a run that was killed is not trained twice.
-    seed, device, callback : optional
+    settings, privacy, seed, device, callback
         As in `train_source`; the device to train on.
 
     Returns
@@ -137,12 +132,10 @@ def source_train(
                 callback=callback,
                 checkpoint=store.checkpoint(key) if store else None,
             )
+            kept = {n: torch.tensor(v, dtype=torch.float64) for n, v in sorted(figures.items())}
             found = dict(trained.generator.state_dict())
             found |= {_CRITIC + n: v for n, v in trained.critics[0].state_dict().items()}
-            found |= {
-                _FIGURE + n: torch.tensor(v, dtype=torch.float64)
-                for n, v in sorted(figures.items())
-            }
+            found |= {_FIGURE + n: v for n, v in kept.items()}
             if store:
                 store.put(key, found)
                 store.keep_only([key])

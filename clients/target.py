@@ -63,33 +63,23 @@ def target_evaluate(
 
     Parameters
     ----------
-    message, context
-        As Flower hands them over.
     generator, critic : callable
         Factories of the networks; the critic is a multilayer perceptron by default.
     few : Tensor
         This node's few samples (n, ...), n >= 1.
     held_out : Tensor
         Real samples (m, ...) that neither the sources nor this node trained on.
-    weights : {"fitted", "radius", "uniform", "shares"}
-        As in `fl_wb.clients.FastAdaptation`.
-    adaptation : Adaptation, optional
-        Settings of `fl_wb.adaptation.adapt`.
     ternarization : Ternarization, optional
-        Settings of `fl_wb.ternary.ternarize`; None leaves that step out.
-    features : callable, optional
-        As in `fl_wb.metrics.evaluate`.
-    evaluation : Evaluation, optional
+        None leaves that step out.
+    features, evaluation : optional
+        As in `fl_wb.metrics.evaluate`, and how to compare.
     send_few : bool
         Send pictures of the few samples themselves. No other part of a reply has real samples.
-    labels, few_labels : optional
-        Of a conditional generator: how many labels there are, and those of the few samples.
     held_out_labels : Tensor, optional
-        Those of the held-out samples: then also how well a classifier does that learned from the
-        few, from these and generated ones, and from real ones (``accuracy``).
-    real : pair of Tensor, optional
-        As in `fl_wb.metrics.augmentation`.
-    seed, device : optional
+        Of a conditional generator, of which there are `few_labels`, too: then also how well a
+        classifier does that learned from the few, from these and generated ones, and from `real`
+        ones (``accuracy``; see `fl_wb.metrics.augmentation`).
+    weights, adaptation, labels, few_labels, seed, device : optional
         As in `fl_wb.clients.fast_adaptation.make_own`.
 
     Returns

@@ -42,26 +42,20 @@ def train_source(
     callback: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Trained, dict[str, float]]:
-    """Train a generator on a source's own samples.
+    """Train a generator, which is left alone, on a source's own samples.
 
     Parameters
     ----------
-    generator : nn.Module
-        Where training starts; left alone.
-    critic : callable
-        Factory of a critic.
     samples : Tensor
         The source's data (n, ...), n >= 1; fewer than a batch are drawn with replacement.
-    settings : Training
-        How long and how fast.
     privacy : Privacy, optional
         With an epsilon: train with differential privacy. The random numbers are then nobody's to
         know, and `seed` is that of the critic's first weights alone.
     own_labels, labels : optional
         The samples' labels (n,), and how many there are, for a conditional generator; its critic
         sees samples and labels (`fl_wb.training.conditional`).
-    seed, callback, checkpoint : optional
-        As in `fl_wb.training.wgan.train_wgan`.
+    generator, critic, settings, seed, callback, checkpoint
+        As in `fl_wb.training.wgan.train_wgan`; the critic by its factory.
 
     Returns
     -------

@@ -46,10 +46,8 @@ class Results:
     ----------
     tracker : Tracker
         Of the output folder.
-    config : Config
-        Of the run.
-    generator : callable
-        Factory of the run's generators.
+    config, generator
+        The run's configuration, and the factory of its generators.
     overrides : str
         What was set, in the user's words: the result file says it beside the whole configuration.
     """

@@ -47,10 +47,8 @@ def outliers(
         One set (n, ...) of each generator, all of one shape.
     threshold : float
         What is further than this many times the typical is far; more than 1.
-    projections : int
-        Random directions of the sliced distance.
-    seed : int
-        Of the directions.
+    projections, seed : int
+        Random directions of the sliced distance, and their seed.
 
     Raises
     ------
