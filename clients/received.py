@@ -15,7 +15,10 @@ MOST_CELLS, LEAST = 4096, 1e-9  # of a code that a server sends
 
 
 def fitted(
-    arrays: ArrayRecord, network: nn.Module, context: Context, what: str = "generator"
+    arrays: ArrayRecord,
+    network: nn.Module,
+    context: Context,
+    words: str = "the server's generator does not fit that of node",
 ) -> nn.Module:
     """Load what the server sent into a node's own network, and return it.
 
@@ -27,9 +30,7 @@ def fitted(
     try:
         return records.load(arrays, network)
     except records.InvalidUpload as error:
-        raise ValueError(
-            f"the server's {what} does not fit that of node {context.node_id}: {error}"
-        ) from error
+        raise ValueError(f"{words} {context.node_id}: {error}") from error
 
 
 def received(

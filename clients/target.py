@@ -100,7 +100,8 @@ def target_evaluate(
     snapshots = Snapshots((adaptation or Adaptation()).training.iterations, settings.snapshots)
     sent, (code, without) = None, received_code(message, context)
     if critic is not None and keys.CRITIC in message.content.array_records:
-        sent = fitted(message.content.array_records[keys.CRITIC], critic(), context, "critic")
+        words = "the server's critic does not fit that of node"
+        sent = fitted(message.content.array_records[keys.CRITIC], critic(), context, words)
     made = make_own(
         plain.to(device),
         few.to(device),
