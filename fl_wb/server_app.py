@@ -89,11 +89,10 @@ def _run(grid: Grid, config: Config, output: Path, overrides: str) -> str:
 def make_strategy(config: Config, results: Results) -> RoleFedAvg:
     """Return the strategy that the configuration names."""
     # All nodes are there when a run starts; one that leaves must not hold up the rest of it.
-    arguments: dict[str, Any] = {
-        "min_train_nodes": 1,
-        "min_evaluate_nodes": 1,
-        "min_available_nodes": 1,
-    }
+    arguments: dict[str, Any] = dict.fromkeys(
+        ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1
+    )
+    arguments |= {"observer": results, "max_share": config.strategy.max_share}
     strategies: dict[str, Callable[[], RoleFedAvg]] = {
         "adaptive_coalescence": lambda: _coalescence(config, results, arguments),
         "fedavg": lambda: RoleFedAvg(**arguments),
@@ -101,9 +100,7 @@ def make_strategy(config: Config, results: Results) -> RoleFedAvg:
         "ensemble": lambda: Ensemble(**arguments),
         "edge_only": lambda: EdgeOnly(**arguments),
     }
-    strategy = strategies[config.strategy.name]()
-    strategy.observer, strategy.max_share = results, config.strategy.max_share
-    return strategy
+    return strategies[config.strategy.name]()
 
 
 def _coalescence(

@@ -27,6 +27,7 @@ from fl_wb.generators.latents import Draw
 from fl_wb.generators.sampling import check_factory
 from fl_wb.messages import generator_part, keys, records
 from fl_wb.messages import replies as checked
+from fl_wb.messages.weights import MAX_SHARE
 from fl_wb.persistence.locks import InUseError, locked
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.strategies.checks import (
@@ -35,7 +36,7 @@ from fl_wb.strategies.checks import (
     check_not_wrapped,
     check_settings,
 )
-from fl_wb.strategies.role_fedavg import RoleFedAvg
+from fl_wb.strategies.role_fedavg import Observer, RoleFedAvg
 from fl_wb.training.wgan import Progress
 
 CONTINUE_FROM = ("own", "average", "barycenter")
@@ -62,9 +63,10 @@ class AdaptiveCoalescence(RoleFedAvg):
 
     Parameters
     ----------
-    *args, **kwargs
-        As in `RoleFedAvg`, and so in `flwr.serverapp.strategy.FedAvg`. The value under
-        `weighted_by_key` is a node's weight lambda_k in the barycenter.
+    fraction_train, fraction_evaluate, min_train_nodes, min_evaluate_nodes, min_available_nodes, \
+weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evaluate_metrics_aggr_fn
+        As in `flwr.serverapp.strategy.FedAvg`. The value under `weighted_by_key` is a node's
+        weight lambda_k in the barycenter.
     generator : callable
         Factory: makes a generator, an ``nn.Module`` from latents (n, latent_dim) to samples
         (n, ...), whose state dict has the names and shapes of `initial_arrays`, or of those of
@@ -115,6 +117,8 @@ class AdaptiveCoalescence(RoleFedAvg):
     screening : float, optional
         Drop uploads that collapsed, or whose samples are more than this many times further from
         the others' than is typical (see `fl_wb.messages.screening`; 3 measured well). None: off.
+    observer, max_share : optional
+        As in `RoleFedAvg`.
     callback : callable, optional
         Called during stages with (iteration, iterations in all, losses). By default they are
         logged every few seconds.
@@ -122,7 +126,17 @@ class AdaptiveCoalescence(RoleFedAvg):
 
     def __init__(
         self,
-        *args: Any,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 1.0,
+        min_train_nodes: int = 2,
+        min_evaluate_nodes: int = 2,
+        min_available_nodes: int = 2,
+        weighted_by_key: str = "num-examples",
+        arrayrecord_key: str = "arrays",
+        configrecord_key: str = "config",
+        train_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None = None,
+        evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None = None,
+        *,
         generator: Callable[[], nn.Module],
         critic: Callable[[], nn.Module] | None = None,
         latent_dim: int | None = None,
@@ -143,10 +157,24 @@ class AdaptiveCoalescence(RoleFedAvg):
         device: str = "cpu",
         patience: int | None = 3,
         screening: float | None = None,
+        observer: Observer | None = None,
+        max_share: float = MAX_SHARE,
         callback: Progress | None = None,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            fraction_train,
+            fraction_evaluate,
+            min_train_nodes,
+            min_evaluate_nodes,
+            min_available_nodes,
+            weighted_by_key,
+            arrayrecord_key,
+            configrecord_key,
+            train_metrics_aggr_fn,
+            evaluate_metrics_aggr_fn,
+            observer=observer,
+            max_share=max_share,
+        )
         check_factory("generator", generator)
         if critic is not None:
             check_factory("critic", critic)

@@ -22,13 +22,13 @@ from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
 from fl_wb.app.config import CONF, SEARCH, check_absolute, checked, compose, to_run_config
+from fl_wb.app.factories import factories
 from fl_wb.app.overrides import ConfigError, parse
 from fl_wb.app.schema import Config
 from fl_wb.commands.launcher import launch, submit
 from fl_wb.commands.superlink import RunFailed
 from fl_wb.data import datasets
 from fl_wb.data.readers import DataError
-from fl_wb.generators.networks import make_critic, make_generator
 from fl_wb.metrics import inception_features
 from fl_wb.private_apis import hydra_arguments
 from fl_wb.reporting.tables import summary_table
@@ -173,12 +173,11 @@ def check(config: Config) -> None:
             return
     else:
         _check_machine(config)
-    shape, network = datasets.image_shape(config.data), config.network
+    generator, critic = factories(config)
     try:
-        make_generator(network.generator, shape, latent_dim=network.latent_dim, width=network.width)
-        make_critic(network.critic, shape, width=network.width)
+        generator(), critic()
     except ValueError as error:
-        raise ConfigError(f"network.generator={network.generator!r}: {error}") from error
+        raise ConfigError(f"network.generator={config.network.generator!r}: {error}") from error
 
 
 def _check_machine(config: Config) -> None:

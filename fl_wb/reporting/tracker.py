@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,24 +32,12 @@ class Tracker:
     ----------
     output : Path
         The folder; made if it is not there. Events go to ``tensorboard/`` in it.
-
-    Raises
-    ------
-    OSError
-        If the folder cannot be written: better now than at the end of a long run. Once the run is
-        under way, a disk that fails costs pictures and curves, with a warning.
     """
 
     def __init__(self, output: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here: it takes a second
 
         self.output = Path(output)
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.output):
-                pass
-        except OSError as error:
-            raise OSError(f"the output folder {self.output} cannot be written: {error}") from error
         self._events: SummaryWriter | None = None
         self._attempt(
             "TensorBoard events",
