@@ -87,7 +87,6 @@ class RoleFedAvg(FedAvg):
         self.observer, self.max_share = observer, max_share
         self._roles: dict[int, str] = {}
         self._arrays = ArrayRecord()  # the round's model
-        self._round = 0
         self._sent: list[Message] = []
         self._connected: list[int] = []
         self._strikes: Counter[int] = Counter()  # rounds in a row whose upload was dropped
@@ -97,21 +96,14 @@ class RoleFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Configure the next round of federated training, on sources."""
-        self._sent, self._arrays = [], arrays
-        if self.fraction_train == 0.0:
-            return []
-        node_ids = self._sample(grid, SOURCE, self.fraction_train, self.min_train_nodes)
-        return self._instruct(server_round, arrays, config, node_ids, MessageType.TRAIN)
+        self._arrays = arrays
+        return self._configure(SOURCE, server_round, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Configure the next round of federated evaluation, on targets."""
-        self._sent = []
-        if self.fraction_evaluate == 0.0:
-            return []
-        node_ids = self._sample(grid, TARGET, self.fraction_evaluate, self.min_evaluate_nodes)
-        return self._instruct(server_round, arrays, config, node_ids, MessageType.EVALUATE)
+        return self._configure(TARGET, server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -156,6 +148,23 @@ class RoleFedAvg(FedAvg):
                 kept.append((node_id, content))
         return self._metrics(server_round, kept, is_train=False)
 
+    def _configure(
+        self, role: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Make the messages of a round to nodes of a role."""
+        self._sent = []
+        fraction, minimum, kind = self.fraction_train, self.min_train_nodes, MessageType.TRAIN
+        names = [self.arrayrecord_key, self.configrecord_key]
+        if role == TARGET:
+            fraction, minimum = self.fraction_evaluate, self.min_evaluate_nodes
+            kind, names = MessageType.EVALUATE, [*map(numpy_client.evaluation_key, names)]
+        if fraction > 0.0:
+            node_ids = self._sample(grid, role, fraction, minimum)
+            config["server-round"] = server_round
+            record = RecordDict(dict(zip(names, (arrays, config), strict=True)))
+            self._sent = list(self._construct_messages(record, node_ids, kind))
+        return self._sent
+
     def _sample(self, grid: Grid, role: str, fraction: float, minimum: int) -> list[int]:
         # A sample of none waits for the nodes that FedAvg would wait for, and lists them.
         _, connected = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
@@ -175,22 +184,6 @@ class RoleFedAvg(FedAvg):
         if not able:
             log(WARNING, "none of the %d connected nodes is a %s", len(connected), role)
         return random.sample(able, size)
-
-    def _instruct(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        node_ids: list[int],
-        message_type: str,
-    ) -> list[Message]:
-        config["server-round"] = self._round = server_round
-        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        if message_type == MessageType.EVALUATE:
-            evaluation = numpy_client.evaluation_key
-            record = RecordDict({evaluation(key): value for key, value in record.items()})
-        self._sent = list(self._construct_messages(record, node_ids, message_type))
-        return self._sent
 
     def forget(self, node_id: int) -> None:
         """Forget what a node sent, where anything is kept of it: here, nothing is."""
