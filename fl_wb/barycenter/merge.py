@@ -168,9 +168,9 @@ class Merge:
         seed, settings = int(key[:15], 16), self.settings
         start = self.store.checkpoint(f"{key}-start")
         training = self.store.checkpoint(key)
-        student.train()
         rng = torch.Generator(self.device).manual_seed(seed)
-        pool = self._pool([self._on_device(measure) for measure in measures], rng)
+        pool = self._pool([self._on_device(measure) for measure in measures], rng, student)
+        student.train()
         if settings.start == "distilled":
             distill(
                 student,
@@ -208,14 +208,14 @@ class Merge:
             measure.labels,
         )
 
-    def _pool(self, measures: Sequence[Measure], rng: torch.Generator) -> Pool:
+    def _pool(self, measures: Sequence[Measure], rng: torch.Generator, student: nn.Module) -> Pool:
         settings = self.settings
         batch = settings.distillation.batch_size
         wanted = max(settings.distillation.iterations * batch, 1)
         if settings.start == "previous":  # then a critic's samples are all that is needed
             wanted = max(settings.training.reals, 1)
         if settings.geodesic != "displacement":
-            return mixture_pool(measures, self.latents, wanted, batch, rng)
+            return mixture_pool(measures, self.latents, wanted, batch, rng, student)
         t = measures[1].weight / (measures[0].weight + measures[1].weight)
         return displacement_pool(measures, t, self.latents, wanted, batch, rng)
 

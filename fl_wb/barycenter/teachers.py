@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from fl_wb.barycenter.alignment import nearest_turn
 from fl_wb.generators.code import Code
 from fl_wb.generators.latents import Latents, frequencies
 from fl_wb.generators.sampling import Labels
@@ -34,6 +35,9 @@ weight 1/100 came out with 1.7 times its share by the root, .14 by the share its
 OF_A_BRANCH = 24
 """Pairs in a batch, at least, of each branch of the code: with fewer, an energy distance within it
 says little. Forty sources of digits, with five of each, lost a tenth of their coverage."""
+
+ALIGNED = 2048
+"""Samples, at most, by which a measure is turned towards the student."""
 
 BATCH = 500
 """Latents that a generator is called with at a time."""
@@ -111,18 +115,21 @@ class Pool:
         return self.x[torch.multinomial(self.weight, n, replacement=True, generator=rng)]
 
 
+@torch.no_grad()
 def mixture_pool(
     measures: Sequence[Measure],
     latents: Latents,
     wanted: int,
     batch: int,
     rng: torch.Generator,
+    student: nn.Module,
 ) -> Pool:
     """Draw pairs of the exact mixture, of each measure by a power of its share (`POWER`).
 
     If what is learned of a measure has an error as 1 / pairs, its root would make the mixture's
-    error, sum_k lambda_k / pairs_k, the least. Where there are labels, each has its own mixture:
-    of the measures that have it, by how much of it they have.
+    error, sum_k lambda_k / pairs_k, the least. A measure's latents are turned so that its map is
+    near to what `student`, in eval mode, makes in its cell already (`nearest_turn`). Where there
+    are labels, each has its own mixture: of the measures that have it, by how much of it they have.
     """
     code = Code([measure.weight for measure in measures])
     parts_of = [share**POWER for share in code.shares]
@@ -136,10 +143,14 @@ def mixture_pool(
             size = pool_size(generator, latents.width, wanted, rng.device)
         n = max(round(size * parts_of[k] / math.fsum(parts_of)), 2)
         inner = replace(latents, labels=often[k]).draw(n, rng)
+        z = _embedded(code, k, inner, latents, often)
+        if latents.plain:
+            some, there = inner[:ALIGNED], _made(student, z[:ALIGNED])
+            inner = inner @ nearest_turn(some, samples_of(measure, generator, some), there).T
         x = samples_of(measure, generator, inner)
         branch = branches[k].to(x.device).expand(len(x))
         weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
-        parts.append((_embedded(code, k, inner, latents, often), x, branch, weight))
+        parts.append((z, x, branch, weight))
     return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -189,12 +200,16 @@ def samples_of(measure: Measure, generator: nn.Module, z: Tensor) -> Tensor:
         If it fails, or makes samples that are not finite.
     """
     try:
-        x = torch.cat([generator(part) for part in z.split(BATCH)])
+        x = _made(generator, z)
     except (RuntimeError, ArithmeticError, ValueError) as error:
         raise UselessMeasure(measure.digest, f"the generator fails to generate: {error}") from error
     if not x.isfinite().all():
         raise UselessMeasure(measure.digest, "the generator makes samples that are not finite")
     return x
+
+
+def _made(generator: nn.Module, z: Tensor) -> Tensor:
+    return torch.cat([generator(part) for part in z.split(BATCH)])
 
 
 @torch.no_grad()
