@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fl_wb.barycenter import Stage, recursive_barycenter
 from fl_wb.barycenter.alignment import nearest_turn
-from fl_wb.barycenter.teachers import Measure, Pool, mixture_pool
+from fl_wb.barycenter.teachers import BYTES, Measure, Pool, UselessMeasures, mixture_pool
 from fl_wb.generators.code import Code
 from fl_wb.generators.latents import Latents
 from fl_wb.generators.mixture import Mixture
-from tests.points import Gaussian
+from fl_wb.persistence.tensor_files import digest
+from fl_wb.training.distillation import Distillation
+from tests.points import Gaussian, critic
 
 WEIGHTS = [1.0, 16.0, 16.0, 16.0]
 
 
 def pool(batch: int) -> Pool:
     measures = [Measure.of(Gaussian((float(k), 0.0)), w) for k, w in enumerate(WEIGHTS)]
-    rng = torch.Generator().manual_seed(0)
-    return mixture_pool(measures, Latents(4), 10_000, batch, rng, Gaussian((0.0, 0.0)))
+    return mixture_pool(measures, Latents(4), 10_000, batch, rng(0), Gaussian((0.0, 0.0)))
 
 
 def test_pairs_are_drawn_by_a_power_of_the_share_and_weigh_what_it_says():
@@ -97,3 +102,50 @@ def test_measures_are_turned_towards_what_the_student_makes_in_their_cells() -> 
         unturned = (Mixture(sources, weights).eval()(pool.z) - student(pool.z)).abs().mean()
     assert apart < 0.1 * unturned
     assert pool.z.mean(0).abs().max() < 0.1  # and the latents are what they were
+
+
+class Failing(Gaussian):
+    """A generator that makes nothing."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        raise IndexError("no such row")
+
+
+class Wide(Gaussian):
+    """A generator of a mebibyte a sample."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.new_zeros(1, 1).expand(len(z), 1 << 18)
+
+
+def sources(n: int) -> list[nn.Module]:
+    """Return sources of which 1, 4, 7, ... are of no use."""
+    made: list[nn.Module] = [Gaussian((0.0 if k % 3 != 1 else math.nan, k)) for k in range(n)]
+    made[4] = Failing((0.0, 4.0))
+    return made
+
+
+def test_all_useless_measures_are_found_at_once():
+    measures = [Measure.of(source, 1.0, str(k)) for k, source in enumerate(sources(9)[1:])]
+    with pytest.raises(UselessMeasures) as found:
+        mixture_pool(measures, Latents(4), 1000, 100, rng(0), Gaussian((0.0, 0.0)))
+    nan, fails = "the generator makes samples that are not finite", "fails to generate: no such row"
+    assert found.value.why == {"0": nan, "3": f"the generator {fails}", "6": nan}
+    assert str(pickle.loads(pickle.dumps(found.value))) == f"the generator {fails}; {nan}"
+
+
+def test_a_pool_is_bounded_where_the_first_measure_says_nothing_of_its_size():
+    measures = [Measure.of(Failing((0.0, 0.0)), 1.0), Measure.of(Wide((0.0, 0.0)), 1.0)]
+    drawn: list[int] = []
+    measures[1].generator().register_forward_hook(lambda _, args, __: drawn.append(len(args[0])))
+    with pytest.raises(UselessMeasures):
+        mixture_pool(measures, Latents(4), 100_000, 100, rng(0), Failing((0.0, 0.0)))
+    assert sum(drawn) << 20 <= BYTES
+
+
+@pytest.mark.parametrize("executor", [None, "ray"])
+def test_a_tree_finds_those_of_all_its_groups(executor: str | None):
+    stage = Stage(distillation=Distillation(iterations=220, batch_size=8))
+    with pytest.raises(UselessMeasures) as found:
+        recursive_barycenter(sources(9), stage=stage, critic=critic, fan_in=3, executor=executor)
+    assert set(found.value.why) == {digest(sources(9)[k].state_dict()) for k in (1, 4, 7)}

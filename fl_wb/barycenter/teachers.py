@@ -8,7 +8,7 @@ batches. Pairs are drawn once, measure by measure: a generator is alive only mea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,16 +80,16 @@ def label_frequencies(
     return found
 
 
-class UselessMeasure(ValueError):
-    """A generator that fails, or makes what nothing can be learned from."""
+class UselessMeasures(ValueError):
+    """Generators that fail, or make what nothing can be learned from: why, by digest."""
 
-    def __init__(self, digest: str, why: str) -> None:
-        super().__init__(digest, why)  # both, so that it can be sent from another process
-        self.digest, self.why = digest, why
+    def __init__(self, why: Mapping[str, str]) -> None:
+        super().__init__(dict(why))
+        self.why = dict(why)
 
     def __str__(self) -> str:
         """Say why."""
-        return self.why
+        return "; ".join(sorted(set(self.why.values())))
 
 
 @dataclass(frozen=True)
@@ -130,27 +130,41 @@ def mixture_pool(
     error, sum_k lambda_k / pairs_k, the least. A measure's latents are turned so that its map is
     near to what `student`, in eval mode, makes in its cell already (`nearest_turn`). Where there
     are labels, each has its own mixture: of the measures that have it, by how much of it they have.
+
+    Raises
+    ------
+    UselessMeasures
+        Of all measures that are of no use: many of them cost no more than one.
     """
     code = Code([measure.weight for measure in measures])
     parts_of = [share**POWER for share in code.shares]
     branches = code.branches(max(int(math.log2(batch / OF_A_BRANCH)), 0))
     often = [measure.labels or latents.labels for measure in measures]
     parts: list[tuple[Tensor, ...]] = []
-    size = wanted
+    useless: dict[str, str] = {}
     for k, measure in enumerate(measures):
         generator = measure.generator()
-        if not k:
-            size = pool_size(generator, latents.width, wanted, rng.device)
-        n = max(round(size * parts_of[k] / math.fsum(parts_of)), 2)
-        inner = replace(latents, labels=often[k]).draw(n, rng)
-        z = _embedded(code, k, inner, latents, often)
-        if latents.plain:
-            some, there = inner[:ALIGNED], _made(student, z[:ALIGNED])
-            inner = inner @ nearest_turn(some, samples_of(measure, generator, some), there).T
-        x = samples_of(measure, generator, inner)
+        try:
+            if not parts:
+                size = pool_size(measure, generator, latents.width, wanted, rng.device)
+            n = max(round(size * parts_of[k] / math.fsum(parts_of)), 2)
+            inner = replace(latents, labels=often[k]).draw(n, rng)
+            z = _embedded(code, k, inner, latents, often)
+            if latents.plain and not useless:
+                some = inner[:ALIGNED]
+                made = samples_of(measure, generator, some)
+                # the student is a copy of the first measure's generator, or has been checked
+                there = samples_of(measures[0], student, z[:ALIGNED])
+                inner = inner @ nearest_turn(some, made, there).T
+            x = samples_of(measure, generator, inner)
+        except UselessMeasures as found:
+            useless |= found.why
+            continue
         branch = branches[k].to(x.device).expand(len(x))
         weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
         parts.append((z, x, branch, weight))
+    if useless:
+        raise UselessMeasures(useless)
     return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -179,7 +193,7 @@ def displacement_pool(
 ) -> Pool:
     """Draw pairs of McCann's interpolation of two measures, coupled batch by batch."""
     one, other = (measure.generator() for measure in measures)
-    size = pool_size(one, latents.width, wanted, rng.device)
+    size = pool_size(measures[0], one, latents.width, wanted, rng.device)
     parts: list[tuple[Tensor, Tensor]] = []
     for n in [batch] * math.ceil(size / batch):
         z = latents.draw(n, rng)
@@ -196,24 +210,23 @@ def samples_of(measure: Measure, generator: nn.Module, z: Tensor) -> Tensor:
 
     Raises
     ------
-    UselessMeasure
+    UselessMeasures
         If it fails, or makes samples that are not finite.
     """
     try:
-        x = _made(generator, z)
-    except (RuntimeError, ArithmeticError, ValueError) as error:
-        raise UselessMeasure(measure.digest, f"the generator fails to generate: {error}") from error
+        x = torch.cat([generator(part) for part in z.split(BATCH)])
+    except Exception as error:  # what a stranger's numbers do inside a network, nobody knows
+        why = f"the generator fails to generate: {error}"
+        raise UselessMeasures({measure.digest: why}) from error
     if not x.isfinite().all():
-        raise UselessMeasure(measure.digest, "the generator makes samples that are not finite")
+        raise UselessMeasures({measure.digest: "the generator makes samples that are not finite"})
     return x
 
 
-def _made(generator: nn.Module, z: Tensor) -> Tensor:
-    return torch.cat([generator(part) for part in z.split(BATCH)])
-
-
-@torch.no_grad()
-def pool_size(generator: nn.Module, width: int, wanted: int, device: torch.device) -> int:
-    """Return how many pairs of a generator's samples are drawn: no more than fit a pool."""
-    bytes_each = 4 * (width + generator(torch.zeros(2, width, device=device))[0].numel())
+def pool_size(
+    measure: Measure, generator: nn.Module, width: int, wanted: int, device: torch.device
+) -> int:
+    """Return how many pairs of a measure's samples are drawn: no more than fit a pool."""
+    sample = samples_of(measure, generator, torch.zeros(2, width, device=device))[0]
+    bytes_each = 4 * (width + sample.numel())
     return max(min(wanted, PAIRS, BYTES // int(bytes_each)), 1)
