@@ -27,7 +27,7 @@ from fl_wb.generators.latents import Latents
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import fingerprint
 from fl_wb.training.distillation import distill
-from fl_wb.training.statistics import settle
+from fl_wb.training.statistics import learning, settle
 from fl_wb.training.wgan import Progress, Regularizer, Sampler, resample, train_wgan
 
 log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
@@ -168,7 +168,7 @@ class Merge:
         seed, settings = int(key[:15], 16), self.settings
         start = self.store.checkpoint(f"{key}-start")
         training = self.store.checkpoint(key)
-        student.train()
+        learning(student)
         rng = torch.Generator(self.device).manual_seed(seed)
         pool = self._pool([self._on_device(measure) for measure in measures], rng)
         if settings.start == "distilled":
