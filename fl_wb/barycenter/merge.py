@@ -28,7 +28,7 @@ from fl_wb.generators.latents import Latents
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import fingerprint
 from fl_wb.training.distillation import distill
-from fl_wb.training.statistics import settle
+from fl_wb.training.statistics import learning, settle
 from fl_wb.training.wgan import Progress, Regularizer, Sampler, resample, train_wgan
 
 log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
@@ -186,7 +186,7 @@ class Merge:
         training = self.store.checkpoint(key)
         rng = torch.Generator(self.device).manual_seed(seed)
         pool = self._pool([self._on_device(measure) for measure in measures], rng, student)
-        student.train()
+        learning(student)
         if settings.start == "distilled":
             distill(
                 student,

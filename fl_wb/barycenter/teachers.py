@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fl_wb.barycenter.alignment import nearest_turn
 from fl_wb.generators.code import Code
 from fl_wb.generators.latents import Latents, frequencies
-from fl_wb.generators.sampling import Labels
+from fl_wb.generators.sampling import Labels, in_batches
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.training.distillation import Pairs
 from fl_wb.transport import displacement
@@ -214,7 +214,7 @@ def samples_of(measure: Measure, generator: nn.Module, z: Tensor) -> Tensor:
         If it fails, or makes samples that are not finite.
     """
     try:
-        x = torch.cat([generator(part) for part in z.split(BATCH)])
+        x = torch.cat([generator(part) for part in in_batches(z, BATCH)])
     except Exception as error:  # what a stranger's numbers do inside a network, nobody knows
         why = f"the generator fails to generate: {error}"
         raise UselessMeasures({measure.digest: why}) from error
