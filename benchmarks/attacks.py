@@ -33,11 +33,13 @@ from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from torch import Tensor, nn
 
 from benchmarks.hostile import SOURCES, collapsed, inverted, marked, noise
-from fl_wb.app.config import Config, compose, to_run_config
-from fl_wb.app.factories import factories, seeded
+from fl_wb.app.config import compose, to_run_config
+from fl_wb.app.factories import factories
+from fl_wb.app.schema import Config
 from fl_wb.client_app import app
-from fl_wb.clients.source import train_source
+from fl_wb.clients.training import train_source
 from fl_wb.data import datasets
+from fl_wb.generators.copies import seeded
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import keys, records
 from fl_wb.metrics import energy_distance
