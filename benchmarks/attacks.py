@@ -233,6 +233,7 @@ def attacks(config: Config) -> dict[str, Attack]:
         "`num-examples` of -1": Attack("train", metric(keys.WEIGHT, -1)),
         "constant": Attack("train", uploads(constant)),
         "nan where z_0 > 3.3": Attack("train", uploads(rarely_nan)),
+        "nan where z_0 > 3.3, twice": Attack("train", uploads(rarely_nan), (OTHER, SOURCE)),
         "untrained": Attack("train", generator_of(seeded(network, 99))),
         "random pixels": Attack("train", uploads(lambda net: noise(net, 1))),
         "inverted": Attack("train", uploads(inverted)),

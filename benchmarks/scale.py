@@ -3,7 +3,8 @@
     python -m benchmarks.scale [overrides] [--sources 2 10] [--seeds 10 11 12] [--chain]
     python -m benchmarks.scale [overrides] --nodes 2 10 64 1000
 
-K sources of digits of one class each (of two sources, five each), trained as shipped;
+K sources of digits of one class each (of two sources, five each; of more than ten, two each),
+trained as shipped;
 their barycenter in one stage and, with --chain, in K - 1 (`fan_in=2`), against held-out digits and
 beside the exact pool of the sources. Figures are means of five draws, given as mean and standard
 deviation over the seeds; ratios are to the pool's. `least` and `most` are the smallest and the
@@ -49,10 +50,11 @@ DRAWN = 2000  # samples of each source that say which source a sample is of
 
 
 def sources_of(k: int) -> str:
-    """Return the override of K sources: five classes each of two, else one each, in turn."""
+    """Return the override of K sources: five classes each of two, one of up to ten, else two."""
     if k == 2:
         return "data.sources=[[0,1,2,3,4],[5,6,7,8,9]]"
-    return f"data.sources=[{','.join(f'[{i % 10}]' for i in range(k))}]"
+    classes = [[i % 10] if k <= 10 else [i % 10, (i + 1 + i // 10) % 10] for i in range(k)]
+    return f"data.sources={classes}".replace(" ", "")
 
 
 def found_shares(generator: nn.Module, sources: list[nn.Module]) -> Tensor:

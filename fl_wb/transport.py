@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LONG = 1024
+"""Numbers of a sample from which on ``torch.pdist`` takes several times as long as a product."""
+
 ITERATIONS = 10_000_000  # of the network simplex, which POT would else end short of the optimum
 
 
@@ -105,11 +108,23 @@ def energy_distance(x: Tensor, y: Tensor, cells: Tensor | None = None) -> Tensor
     across = (torch.cdist(x, y) * same / size).sum() / len(x)
     others = same / (size - 1).clamp(min=1)
     pair = others[*torch.triu_indices(len(x), len(x), 1, device=x.device)]
-    return 2 * across - sum(2 * (torch.pdist(rows) * pair).sum() / len(x) for rows in (x, y))
+    return 2 * across - sum(2 * (_pairs(rows) * pair).sum() / len(x) for rows in (x, y))
 
 
 def _spread(rows: Tensor) -> Tensor:
-    return torch.pdist(rows).sum() / max(len(rows) * (len(rows) - 1) / 2, 1)
+    return _pairs(rows).sum() / max(len(rows) * (len(rows) - 1) / 2, 1)
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    """Return the distances of all pairs, as ``torch.pdist``, of long rows by a matrix product."""
+    if rows.shape[1] <= LONG:
+        return torch.pdist(rows)
+    rows = rows - rows.detach().mean(0)  # it rounds by how far from zero they are
+    squares, kind = rows.square().sum(1), torch.finfo(rows.dtype)
+    squared = squares.unsqueeze(1) + squares - 2 * rows @ rows.T
+    pairs = torch.triu_indices(len(rows), len(rows), 1, device=rows.device)
+    rounding = float(squares.detach().mean()) * kind.eps + kind.tiny  # where it has a kink
+    return squared[*pairs].clamp(min=rounding).sqrt()
 
 
 def _rows(samples: Tensor) -> Tensor:

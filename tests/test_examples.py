@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import unified_diff
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, RecordDict
+from flwr.cli.build import build_fab_from_disk  # what `flwr build` calls
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from fl_wb import ternary
@@ -245,6 +248,14 @@ def test_an_example_names_what_it_needs(name: str, version: str) -> None:
     assert project["tool"]["flwr"]["app"]["components"]["serverapp"] == f"{name}_app.server_app:app"
 
 
+def test_an_example_is_an_app_to_start_from(tmp_path: Path) -> None:
+    for name in NAMES:
+        app = shutil.copytree(EXAMPLES / name / "after", tmp_path / f"my-{len(name)}-{name[0]}")
+        found = build_fab_from_disk(app)
+        files = zipfile.ZipFile(io.BytesIO(found)).namelist()
+        assert {f"{name}_app/{part}.py" for part in ("server_app", "client_app", "task")} < {*files}
+
+
 PAGE = (EXAMPLES.parent / "docs" / "swap-in.md").read_text("utf-8")
 
 
@@ -261,6 +272,7 @@ def test_the_pages_messages_are_those_of_the_code() -> None:
     code = re.sub(r'"\n\s*f?"', "", code)  # strings that go on in the next line
     table = PAGE.split("## Troubleshooting by message")[1]
     flowers = {
+        "Invalid message type: query",
         "No query function registered",
         "No solution found when resolving dependencies",
         "Waiting for nodes to connect",

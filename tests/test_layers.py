@@ -13,6 +13,7 @@ from fl_wb.metrics import energy_distance
 from fl_wb.training.distillation import Distillation
 from fl_wb.training.statistics import settle
 from fl_wb.training.wgan import Training
+from tests.points import same
 
 
 class Normalised(nn.Module):
@@ -76,3 +77,21 @@ def test_statistics_are_those_of_all_batches_however_slowly_they_move():
     var = linear.weight.detach().square().sum(1)
     torch.testing.assert_close(norm.running_var, var, atol=0, rtol=0.1)
     assert not norm.training and norm.momentum == 1e-4
+
+
+@pytest.mark.parametrize("wgan", [0, 20])
+def test_a_frozen_normalisation_keeps_its_statistics_too(wgan: int):
+    sources = [Normalised("batch", shift) for shift in (-4.0, 4.0)]
+    for source in sources:
+        source.net[1].requires_grad_(False)
+        source.net[1].load_state_dict(sources[0].net[1].state_dict())
+    stage = Stage(
+        distillation=Distillation(iterations=400, batch_size=64, lr=1e-2),
+        training=Training(iterations=wgan, warmup=5),
+    )
+    nu = recursive_barycenter([source.eval() for source in sources], stage=stage)
+
+    assert same(nu.net[1], sources[0].net[1])
+    assert not any(p.requires_grad for p in nu.net[1].parameters())
+    left = (generate(nu, 2000)[:, 0] < 0).float().mean().item()  # the others learned
+    assert left == pytest.approx(0.5, abs=0.1)

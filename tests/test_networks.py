@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.generators.networks import CRITICS, GENERATORS, MLPCritic, make_critic, make_generator
-from fl_wb.generators.sampling import generate, input_gradient, latent_dim_of, sampling
+from fl_wb.generators.sampling import (
+    check_real,
+    generate,
+    input_gradient,
+    latent_dim_of,
+    sampling,
+)
 from tests.points import Gaussian, same
 
 SHAPES = {
@@ -160,3 +166,68 @@ def test_sampling_gives_every_part_its_own_mode_back():
     with sampling(network):
         assert not any(part.training for part in network.modules())
     assert [part.training for part in network.modules()] == [True, True, False, True]
+
+
+class Alone(nn.Module):
+    """A generator that one row alone is taken from, or that fails on it."""
+
+    latent_dim = 4
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.norm = kind, nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.norm(z) if self.kind == "batch statistics" else (2 * z).squeeze()
+
+
+@pytest.mark.parametrize("kind", ["batch statistics", "squeeze"])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9])
+def test_no_generator_is_called_with_one_row(kind: str, n: int):
+    assert generate(Alone(kind), n, batch_size=4).shape == (n, 4)
+
+
+def test_one_sample_is_the_first_of_its_latent():
+    torch.testing.assert_close(
+        generate(Alone("squeeze"), 1, seed=3), 2 * generate(nn.Identity(), 1, seed=3, latent_dim=4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("samples", "made", "should"),
+    [
+        ((0.0, 254.5), (-1.0, 0.9), r"x / 127.5 - 1\?"),  # bytes, resized
+        ((0.0, 17.0), (0.0, 1.0), r"x / 127.5 - 1\?"),  # digits of 17 greys
+        ((0.0, 1.0), (-0.99, 0.9), r"2 x - 1\?"),  # ToTensor alone, for a tanh
+        ((-1.0, 1.0), (0.01, 0.99), r"\(x \+ 1\) / 2\?"),  # for a sigmoid
+    ],
+)
+def test_samples_in_another_unit_are_said(
+    samples: tuple[float, float], made: tuple[float, float], should: str
+):
+    with pytest.warns(UserWarning, match=f"should they be {should}"):
+        check_real(torch.tensor(samples)[:, None], torch.tensor(made)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("samples", "made"),
+    [
+        ((-1.0, 1.0), (-0.9, 0.9)),
+        ((0.0, 1.0), (0.1, 0.8)),
+        ((0.0, 1.0), (-0.3, 0.2)),  # untrained
+        ((0.0, 2024.0), (-1.0, 1.0)),  # a column of a table
+        ((0.0, 200.0), (-3.0, 150.0)),
+        ((-2.1, 2.6), (-1.0, 1.0)),  # by ImageNet's mean and spread
+    ],
+)
+def test_samples_that_may_be_meant_so_are_not(
+    samples: tuple[float, float], made: tuple[float, float], recwarn: pytest.WarningsRecorder
+):
+    check_real(torch.tensor(samples)[:, None], torch.tensor(made)[:, None])
+    assert not recwarn
+
+
+@pytest.mark.parametrize("samples", [torch.arange(6).byte(), torch.ones(6, dtype=torch.bool)])
+def test_samples_that_are_no_floating_numbers_are_refused(samples: Tensor):
+    with pytest.raises(TypeError, match=r"and the generator makes floating ones from -1 to 1"):
+        check_real(samples[:, None], torch.tensor([[-1.0], [1.0]]))

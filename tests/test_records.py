@@ -123,11 +123,12 @@ def test_bytes_that_lie_are_refused(dtype: str, stype: str, data: bytes) -> None
         validate(arrays, TEMPLATE)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 1e3])  # metres, of a wavelength
 def test_a_generator_that_varies_passes(scale: float) -> None:
     module = network()
     with torch.no_grad():
         module[2].weight.mul_(scale)  # type: ignore[operator]
+        module[2].bias.mul_(scale)  # type: ignore[operator]
     check_samples(module)
 
 

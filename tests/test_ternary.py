@@ -215,6 +215,18 @@ def test_what_is_not_a_layer_s_weight_stays_in_full_precision():
     assert ternary.scale.item() != 2  # and learns
 
 
+def test_what_is_frozen_is_ternary_and_still_frozen():
+    generator = Layers().eval()
+    generator.up.requires_grad_(False)
+    ternary = ternarize(generator, settings=quick())
+
+    assert len(values(ternary.up.weight)) == 3
+    assert {name for name, p in ternary.named_parameters() if not p.requires_grad} == {
+        "up.weight",
+        "up.bias",
+    }
+
+
 def test_the_argument_is_left_alone_and_the_seed_decides():
     generator = trained().train().requires_grad_(False)
     torch.manual_seed(3)

@@ -10,7 +10,7 @@ from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from fl_wb import metrics
-from fl_wb.transport import coupling, displacement, energy_distance, wasserstein1
+from fl_wb.transport import LONG, coupling, displacement, energy_distance, wasserstein1
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -137,6 +137,23 @@ def test_descent_on_the_energy_distance_moves_samples_to_their_target():
         assert torch.isfinite(gradient).all()
         x = (x - 3 * gradient + 0.01 * normal(30, 2, seed=1)).detach().requires_grad_(True)
     assert energy_distance(x, y) < before / 10
+
+
+@pytest.mark.parametrize("away", [0.0, 1000.0])
+def test_long_samples_have_the_same_distances_and_gradients(away: float):
+    # twins among them, as in a batch that is drawn with replacement
+    x = (away + 0.3 * normal(30, LONG + 1, seed=1))[torch.arange(30) // 2 * 2]
+    y = away + 0.3 * normal(30, LONG + 1, seed=2)
+    cells = torch.arange(30) % 3
+    long, short = (rows.clone().requires_grad_(True) for rows in (x, x))
+    for within in (None, cells):
+        one = energy_distance(long, y, within)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fl_wb.transport.LONG", x.shape[1])
+            other = energy_distance(short, y, within)
+        assert one.item() == pytest.approx(other.item(), abs=2e-3)
+        (mine,), (theirs,) = torch.autograd.grad(one, long), torch.autograd.grad(other, short)
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0)
 
 
 def test_energy_distance_within_cells_is_the_mean_of_the_cells():

@@ -26,6 +26,12 @@ from tests.points import Gaussian, Killed, critic, kill_at, same
 SHORT = Training(iterations=6, batch_size=8, critic_steps=2, warmup=1)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Have critics start alike whichever tests ran before."""
+    torch.manual_seed(0)
+
+
 def images(n: int = 40) -> Tensor:
     return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
@@ -112,6 +118,14 @@ def test_the_arguments_are_left_alone(mode: bool):
     assert not same(trained.generator, generator) and not same(trained.critics[0], judge)
     assert not trained.generator.training
     assert all(p.requires_grad for p in trained.generator.parameters())
+
+
+def test_what_is_frozen_in_a_critic_stays():
+    (judge,) = image_critics(1)
+    judge.net[0].requires_grad_(False)
+    learned = train_wgan(conv(), [judge], [resample(images())], SHORT).critics[0]
+
+    assert same(learned.net[0], judge.net[0]) and not same(learned.net[-1], judge.net[-1])
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 6])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fl_wb.generators.sampling import latents_of
+from fl_wb.generators.sampling import in_batches, latents_of
 from fl_wb.training.conditional import Labelled
 from fl_wb.training.distillation import Pairs
 from fl_wb.transport import coupling
@@ -144,7 +144,7 @@ def transport_pairs(
     rng = torch.Generator(bank.device).manual_seed(seed)
     z = latents_of(start, latent_dim).draw(len(bank), rng)
     with torch.no_grad():
-        made = torch.cat([start(part) for part in z.split(500)])
+        made = torch.cat([start(part) for part in in_batches(z, 500)])
     moved = bank[coupling(made, bank).to(bank.device)]
 
     def draw(n: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.reweighted import Reweighted
-from fl_wb.generators.sampling import device_of, latents_of, sampling
+from fl_wb.generators.sampling import device_of, in_batches, latents_of, sampling
 from fl_wb.training.distillation import Distillation, distill, pairs_of
 from fl_wb.transport import wasserstein1
 
@@ -210,7 +210,7 @@ def cell_samples(
         m = max(min(CELL, CELLS // k, BYTES // (4 * size * k)), 2)
         cell = torch.arange(k).repeat_interleave(m)
         z = code.embed(cell, law.draw(len(cell), rng), latents=law)
-        parts = [generator(part.to(device)).flatten(1).cpu() for part in z.split(1000)]
+        parts = [generator(part.to(device)).flatten(1).cpu() for part in in_batches(z, 1000)]
     return torch.cat(parts).float().view(k, m, -1)
 
 

@@ -156,10 +156,24 @@ def generate_rows(
 ) -> tuple[Tensor, Tensor]:
     """Draw what a generator of one tensor is called with, (n, width), and the samples it makes."""
     law, device = latents_of(generator, latent_dim), device_of(generator)
-    rows = law.draw(n, torch.Generator().manual_seed(seed))
+    rng = torch.Generator().manual_seed(seed)
+    rows = law.draw(n, rng)
+    beside = law.draw(1, rng) if n == 1 else rows[:0]
     with sampling(generator):
-        made = [generator(part.to(device)).cpu() for part in rows.split(batch_size)]
-    return rows, torch.cat(made)
+        parts = in_batches(torch.cat([rows, beside]), batch_size)
+        made = [generator(part.to(device)).cpu() for part in parts]
+    return rows, torch.cat(made)[:n]
+
+
+def in_batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Split rows into batches of `size`, and the rest; a rest of one row goes with the last batch.
+
+    Many a generator fails on one row: ``squeeze()`` takes it away, batch statistics need two.
+    """
+    *parts, rest = rows.split(size)
+    if parts and len(rest) == 1:
+        rest = torch.cat([parts.pop(), rest])
+    return (*parts, rest)
 
 
 def _cell(generator: nn.Module, source: int, code: Code | None, latent_dim: int | None) -> Driven:
@@ -213,8 +227,8 @@ def check_function(generator: nn.Module, latents: Latents) -> None:
 def check_real(samples: object, made: Tensor, what: str = "the samples") -> None:
     """Refuse real samples that are no numbers such as a generator makes.
 
-    Samples of a plausible but other unit, whole numbers up to 255 where the generator stays in
-    [-1, 1], are said in a UserWarning.
+    Samples of a plausible but other unit are said in a UserWarning: those up to 255 where the
+    generator stays in [-1, 1], and those in [0, 1] where it reaches to -1, or the other way round.
 
     Parameters
     ----------
@@ -240,13 +254,26 @@ def check_real(samples: object, made: Tensor, what: str = "the samples") -> None
     if not samples.is_floating_point():
         kind = str(samples.dtype).removeprefix("torch.")
         raise TypeError(f"{what} are {kind}, and {units}: scale them, such as x / 127.5 - 1")
-    whole = samples.numel() > 0 and bool((samples == samples.round()).all())
-    if whole and max(-low, high) <= 1 and samples.min() >= 0 and 16 < samples.max() <= 255:
+    if samples.numel() and (should := _other_unit(samples, low, high)):
         warnings.warn(
-            f"{what} are whole numbers from {float(samples.min()):.0f} to "
-            f"{float(samples.max()):.0f}, and {units}: should they be x / 127.5 - 1?",
+            f"{what} are numbers from {float(samples.min()):.3g} to {float(samples.max()):.3g}, "
+            f"and {units}: should they be {should}?",
             stacklevel=3,
         )
+
+
+def _other_unit(samples: Tensor, low: float, high: float) -> str | None:
+    """Return how samples may be meant for a generator of low to high, if not as they are."""
+    least, most = float(samples.min()), float(samples.max())
+    if max(-low, high) > 1 or most > 255:
+        return None
+    if least >= 0 and most > 16:
+        return "x / 127.5 - 1"
+    if most > 1:
+        return None
+    if least >= 0 and low < -0.9:
+        return "2 x - 1"
+    return "(x + 1) / 2" if least < -0.9 and low >= 0 else None
 
 
 def input_gradient(critic: nn.Module, x: Tensor) -> Tensor:

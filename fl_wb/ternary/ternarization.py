@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fl_wb.generators.copies import copy_of
+from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.latents import Draw, Latents
 from fl_wb.generators.reweighted import Reweighted
 from fl_wb.generators.sampling import (
@@ -129,7 +129,8 @@ def ternarize(
     Returns
     -------
     nn.Module
-        A plain module of the same architecture, in eval mode: each ternarized weight holds
+        A plain module of the same architecture, in eval mode: each ternarized weight, frozen or
+        not, holds
         -alpha, 0 and alpha, or sums of these of several alphas, and nothing else.
 
     Raises
@@ -143,7 +144,9 @@ def ternarize(
     settings = settings or Ternarization()
     if iterations is not None:
         settings = replace(settings, iterations=iterations)
-    given = copy_of(generator).to(device or device_of(generator)).eval().requires_grad_(False)
+    given = trainable_copy(generator).to(device or device_of(generator)).eval()
+    frozen = [not parameter.requires_grad for parameter in given.parameters()]
+    given.requires_grad_(False)
     teacher = driven(given, latent_dim, labels, latents)
     law = latents_of(teacher, latent_dim)
     check_function(teacher, law)
@@ -153,7 +156,9 @@ def ternarize(
     for module in ternary.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             _fold_statistics(module)
-    return ternary.to(device_of(generator)).requires_grad_(True).eval()
+    for parameter, was in zip(ternary.parameters(), frozen, strict=True):
+        parameter.requires_grad_(not was)
+    return ternary.to(device_of(generator)).eval()
 
 
 def _distilled(

@@ -146,7 +146,7 @@ def private_critic_steps(mechanism: Mechanism) -> CriticSteps:
             expected_batch_size=len(fakes[0]),
             generator=rng,
         )
-        parameters = list(critic.parameters())
+        parameters = [p for p in critic.parameters() if p.requires_grad]
         for y in fakes:
             private.zero_grad()
             of_each = gradients(critic, real(len(y), rng), y, rng)
@@ -168,7 +168,7 @@ def gradients(critic: nn.Module, real: Tensor, fakes: Tensor, rng: torch.Generat
 
     Each has a y drawn from the fakes by itself, so that none bears on another's.
     """
-    parameters = dict(critic.named_parameters())
+    parameters = {n: p for n, p in critic.named_parameters() if p.requires_grad}
     if len(real) == 0:
         return [value.new_zeros(0, *value.shape) for value in parameters.values()]
     partners = torch.randint(len(fakes), (len(real),), generator=rng, device=rng.device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
 
 from fl_wb.generators.latents import Latents
 from fl_wb.generators.sampling import device_of
@@ -16,13 +17,23 @@ BATCH = 128
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
+def learning(generator: nn.Module) -> nn.Module:
+    """Put a generator in train mode, but for normalisations that are frozen: of them all stays."""
+    generator.train()
+    for part in generator.modules():
+        own = list(part.parameters())
+        if isinstance(part, _BatchNorm) and own and not any(p.requires_grad for p in own):
+            part.eval()
+    return generator
+
+
 @torch.no_grad()
 def settle(generator: nn.Module, latents: Latents, *, seed: int = 0) -> None:
     """Give a generator, in place, the statistics of what it makes of its latents.
 
-    Normalisations get the statistics of all batches together (torch's ``update_bn``); spectral
-    norms' power iterations, which a forward pass in train mode carries on, catch up with the
-    weights. Modes stay as they are.
+    Normalisations get the statistics of all batches together (as by torch's ``update_bn``), but for
+    frozen ones; spectral norms' power iterations, which a forward pass in train mode carries on,
+    catch up with the weights. Modes stay as they are.
 
     Parameters
     ----------
@@ -37,10 +48,18 @@ def settle(generator: nn.Module, latents: Latents, *, seed: int = 0) -> None:
     rng = torch.Generator(device_of(generator)).manual_seed(seed)
     batches = latents.draw(LATENTS, rng).split(BATCH)
     with own_random_numbers(seed):
-        generator.train()
+        learning(generator)
         for batch in batches:
             generator(batch)
-        update_bn(batches, generator)
+        norms = [p for p in generator.modules() if isinstance(p, _BatchNorm) and p.training]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all
+        for batch in batches:
+            generator(batch)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     for part, training in modes.items():
         part.training = training
 

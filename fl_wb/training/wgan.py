@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from fl_wb.generators.copies import copy_of
+from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.sampling import device_of, input_gradient, latents_of
 from fl_wb.settings import Settings, above, at_least
 from fl_wb.training.checkpoints import Checkpoint, TrainingState
@@ -201,7 +201,7 @@ class _Loop:
         device = device_of(generator)
         self.generator = copy_of(generator)
         self.trained = [p for p in self.generator.parameters() if p.requires_grad]
-        self.critics = [copy_of(c).to(device).train().requires_grad_(True) for c in critics]
+        self.critics = [trainable_copy(c).to(device).train() for c in critics]
         self.reals, self.settings, self.regularizer = reals, settings, regularizer
         self.critic_steps = steps or critic_steps
         self.rng = torch.Generator(device).manual_seed(seed)
