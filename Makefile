@@ -18,9 +18,10 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt $(PIP_AR
 demo: $(VENV)/installed
 	$(VENV)/bin/fl-wb client.send_few_pictures=true $(or $(ARGS),experiment=two_targets)
 
-# Files in their order: xdist's own, those of many tests first, leaves the long deployment for the end.
+# Three processes, also on two cores: a third of the time is waiting, for Flower's processes. Files in
+# their order: xdist's own, those of many tests first, leaves the long deployment for the end.
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # mypy reads the package as it installs, with strategies/, clients/ and conf/ inside fl_wb.
 lint: $(VENV)/installed-dev

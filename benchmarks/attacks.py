@@ -33,11 +33,13 @@ from flwr.app import Array, ConfigRecord, Context, Error, Message, RecordDict
 from torch import Tensor, nn
 
 from benchmarks.hostile import SOURCES, collapsed, inverted, marked, noise
-from fl_wb.app.config import Config, compose, to_run_config
-from fl_wb.app.factories import factories, seeded
+from fl_wb.app.config import compose, to_run_config
+from fl_wb.app.factories import factories
+from fl_wb.app.schema import Config
 from fl_wb.client_app import app
-from fl_wb.clients.source import train_source
+from fl_wb.clients.training import train_source
 from fl_wb.data import datasets
+from fl_wb.generators.copies import seeded
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import keys, records
 from fl_wb.metrics import energy_distance
@@ -231,6 +233,7 @@ def attacks(config: Config) -> dict[str, Attack]:
         "`num-examples` of -1": Attack("train", metric(keys.WEIGHT, -1)),
         "constant": Attack("train", uploads(constant)),
         "nan where z_0 > 3.3": Attack("train", uploads(rarely_nan)),
+        "nan where z_0 > 3.3, twice": Attack("train", uploads(rarely_nan), (OTHER, SOURCE)),
         "untrained": Attack("train", generator_of(seeded(network, 99))),
         "random pixels": Attack("train", uploads(lambda net: noise(net, 1))),
         "inverted": Attack("train", uploads(inverted)),

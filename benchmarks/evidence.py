@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 from flwr.app import Context, RecordDict
 
-from fl_wb.app.config import Config, compose
+from fl_wb.app.config import compose
 from fl_wb.app.provenance import comparable, provenance
+from fl_wb.app.schema import Config
 from fl_wb.client_app import app as client_app
 from fl_wb.server_app import app as server_app
 from fl_wb.testing.in_process_grid import InProcessGrid

@@ -25,11 +25,13 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor, nn
 
-from fl_wb.app.config import Config, compose
-from fl_wb.app.factories import factories, seeded
+from fl_wb.app.config import compose
+from fl_wb.app.factories import factories
+from fl_wb.app.schema import Config
 from fl_wb.barycenter import recursive_barycenter
-from fl_wb.clients.source import train_source
+from fl_wb.clients.training import train_source
 from fl_wb.data import datasets
+from fl_wb.generators.copies import seeded
 from fl_wb.generators.sampling import generate
 from fl_wb.messages.screening import outliers
 from fl_wb.metrics import frechet_distance, train_features

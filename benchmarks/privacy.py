@@ -21,9 +21,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from fl_wb.app.config import compose
-from fl_wb.app.factories import seeded
-from fl_wb.clients.source import train_source
+from fl_wb.clients.training import train_source
 from fl_wb.data import datasets
+from fl_wb.generators.copies import seeded
 from fl_wb.generators.networks import make_critic, make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import (

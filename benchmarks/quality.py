@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.adaptation import adapt
-from fl_wb.app.config import Config, compose
+from fl_wb.app.config import compose
+from fl_wb.app.schema import Config
 from fl_wb.barycenter import GEODESICS, STARTS, recursive_barycenter
 from fl_wb.data import datasets
 from fl_wb.generators.mixture import Mixture

@@ -14,17 +14,16 @@ from torch import Tensor, nn
 
 from fl_wb import ternary
 from fl_wb.adaptation import WEIGHTS, Adaptation, adapt, folded, own_start
+from fl_wb.clients.received import own_samples, received, received_code
 from fl_wb.generators.code import Code
 from fl_wb.generators.latents import Draw, frequencies, law_of
 from fl_wb.generators.reweighted import Reweighted
-from fl_wb.generators.sampling import check_factory, check_real, driven, generate, undriven
+from fl_wb.generators.sampling import check_factory, driven, undriven
 from fl_wb.messages import generator_part, keys, records
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.ternary import Ternarization, ternarize
 from fl_wb.training.checkpoints import Checkpoint
 from fl_wb.training.conditional import check_labels, label_counts
-
-MOST_CELLS, LEAST = 4096, 1e-9  # of a code that a server sends
 
 _MADE, _FROM = "fl_wb.target.generator", "fl_wb.target.made-from"  # in context.state
 
@@ -123,89 +122,6 @@ def make_own(
     return Made(start, adapted, made, weighed - began, between - weighed, perf_counter() - between)
 
 
-def received(
-    message: Message,
-    context: Context,
-    generator: Callable[[], nn.Module],
-    *,
-    key: str = keys.ARRAYS,
-    prefixes: generator_part.Part | None = None,
-) -> tuple[nn.Module, str]:
-    """Return the generator that a message carries, and what its arrays' names begin with there.
-
-    Raises
-    ------
-    ValueError
-        If the message has no such ArrayRecord, or its arrays do not fit the generator.
-    """
-    network, found = generator(), message.content.array_records
-    if key not in found:
-        raise ValueError(
-            f"the message to node {context.node_id} has no ArrayRecord {key!r}, only "
-            f"{sorted(found)}: set arrayrecord_key"
-        )
-    arrays, head = generator_part.own(
-        generator_part.split(found[key], prefixes)[0], network.state_dict()
-    )
-    try:
-        return records.load(arrays, network), head
-    except records.InvalidUpload as error:
-        raise ValueError(
-            f"the server's generator does not fit that of node {context.node_id}: {error}"
-        ) from error
-
-
-def received_code(message: Message, context: Context) -> tuple[Code | None, list[int]]:
-    """Return the code of the generator that a message carries, if said, and its forgotten cells.
-
-    Raises
-    ------
-    ValueError
-        If what it says is no code.
-    """
-    record = message.content.config_records.get(keys.CODE)
-    if record is None:
-        return None, []
-    shares = record.get(keys.SHARES)
-    listed = shares if isinstance(shares, list) and len(shares) <= MOST_CELLS else []
-    good = [share for share in listed if isinstance(share, float) and LEAST <= share <= 1]
-    if not good or len(good) < len(listed):
-        raise ValueError(
-            f"the message to node {context.node_id} has shares {str(shares)[:80]}: 1 to "
-            f"{MOST_CELLS} numbers from {LEAST} to 1 are a code"
-        )
-    forgotten = record.get(keys.FORGOTTEN, [])
-    if not isinstance(forgotten, list) or not {*forgotten} < {*range(len(good))}:
-        raise ValueError(
-            f"the message to node {context.node_id} has forgotten cells {str(forgotten)[:80]}: "
-            f"some of the {len(good)} may be, from 0, not all"
-        )
-    return Code(good), [int(cell) for cell in forgotten]
-
-
-def own_samples(
-    few: Tensor, context: Context, start: nn.Module, latent_dim: int | None = None
-) -> Tensor:
-    """Return a node's few samples, seen to be such as the generator, of one tensor, makes.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the node, and what its samples are instead.
-    """
-    node = f"node {context.node_id} {dict(context.node_config)}"
-    made = generate(start, 2, latent_dim=latent_dim)  # of one, batch statistics are none
-    check_real(few, made, f"{node}: its samples")
-    if len(few) == 0:
-        raise ValueError(f"{node} has no samples to adapt to: its data is {tuple(few.shape)}")
-    if few.shape[1:] != made.shape[1:]:
-        raise ValueError(
-            f"{node} has samples of shape {tuple(few.shape[1:])}, but its generator makes "
-            f"samples of shape {tuple(made.shape[1:])}"
-        )
-    return few
-
-
 @dataclass
 class FastAdaptation:
     """Flower mod: weighs, adapts and ternarizes the generator in an EVALUATE message.
@@ -301,7 +217,7 @@ class FastAdaptation:
             message, context, self.generator, key=self.arrayrecord_key, prefixes=self._prefixes
         )
         code, without = received_code(message, context)
-        few, few_labels = self._few(context, start)
+        few, few_labels = self.few(context, start)
         made = self._made(start, few, few_labels, code, without, context)
         content = dict(message.content)
         whole = message.content.array_records[self.arrayrecord_key]
@@ -318,12 +234,14 @@ class FastAdaptation:
             reply.content[self.reply_key] = ConfigRecord({keys.TERNARY: packed})
         return reply
 
-    def few(self, context: Context, start: nn.Module) -> Tensor:
-        """Return the node's few samples, checked against what the generator makes."""
-        return self._few(context, start)[0]
+    def few(self, context: Context, start: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Return the node's few samples, seen to fit the generator, and their labels if it has any.
 
-    def _few(self, context: Context, start: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """Return the node's few samples and, where there are labels, theirs."""
+        Raises
+        ------
+        TypeError, ValueError
+            Saying what `samples` returned instead.
+        """
         given: Any = self.samples(context)
         one = driven(start, self.latent_dim, self.labels, self.latents)
         if self.labels is None:

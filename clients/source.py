@@ -1,34 +1,25 @@
-"""A source node: trains a WGAN-GP on its own data once, and uploads the generator."""
+"""A source node: trains a generator on its own data once, and uploads it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from time import perf_counter
+from collections.abc import Callable
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
-from fl_wb.generators.copies import copy_of
-from fl_wb.generators.sampling import driven, generate, latents_of
-from fl_wb.messages import keys, records
+from fl_wb.clients.received import fitted
+from fl_wb.clients.training import key_of, train_source
+from fl_wb.generators.copies import seeded
+from fl_wb.generators.sampling import driven, generate
+from fl_wb.messages import keys
 from fl_wb.metrics import memorization
 from fl_wb.persistence.stage_store import StageStore
-from fl_wb.persistence.tensor_files import digest, fingerprint
-from fl_wb.training.checkpoints import Checkpoint
-from fl_wb.training.conditional import (
-    Labelled,
-    LabelledGenerator,
-    label_counts,
-    labelled_critic,
-)
-from fl_wb.training.privacy import Privacy, mechanism, poisson, private_critic_steps
-from fl_wb.training.wgan import Progress, Trained, Training, resample, train_wgan
+from fl_wb.persistence.tensor_files import below
+from fl_wb.training.conditional import label_counts
+from fl_wb.training.privacy import Privacy
+from fl_wb.training.wgan import Progress, Training
 
 # In context.state.
 _GENERATOR, _METRICS = "fl_wb.source.generator", "fl_wb.source.metrics"
@@ -46,91 +37,6 @@ MADE = 1000  # samples by which the memorization is measured
 HELD_OUT = 5
 """One sample in so many is not trained on where the memorization is to be measured."""
 
-VERSION = 1
-"""Of the training: a store's generators of another one are not taken for its own."""
-
-
-def train_source(
-    generator: nn.Module,
-    critic: Callable[[], nn.Module],
-    samples: Tensor,
-    settings: Training,
-    *,
-    privacy: Privacy | None = None,
-    latent_dim: int | None = None,
-    own_labels: Tensor | None = None,
-    labels: int | None = None,
-    seed: int = 0,
-    callback: Progress | None = None,
-    checkpoint: Checkpoint | None = None,
-) -> tuple[Trained, dict[str, float]]:
-    """Train a generator on a source's own samples.
-
-    Parameters
-    ----------
-    generator : nn.Module
-        Where training starts; left alone.
-    critic : callable
-        Factory of a critic.
-    samples : Tensor
-        The source's data (n, ...), n >= 1; fewer than a batch are drawn with replacement.
-    settings : Training
-        How long and how fast.
-    privacy : Privacy, optional
-        With an epsilon: train with differential privacy. The random numbers are then nobody's to
-        know, and `seed` is that of the critic's first weights alone.
-    own_labels, labels : optional
-        The samples' labels (n,), and how many there are, for a conditional generator; its critic
-        sees samples and labels (`fl_wb.training.conditional`).
-    latent_dim, seed, callback, checkpoint : optional
-        As in `fl_wb.training.wgan.train_wgan`.
-
-    Returns
-    -------
-    Trained, dict of str to float
-        The trained generator and its critic, and the last ``generator-loss`` and
-        ``critic-loss`` (with privacy the penalty alone), the ``train-seconds`` that it took, and
-        with privacy ``epsilon`` and ``delta``.
-    """
-    last: dict[str, float] = {}
-    judge = _seeded(critic, seed)
-    if own_labels is not None and labels is not None:
-        if privacy and privacy.epsilon is not None:
-            raise ValueError(f"labels={labels} are told as they are: not with an epsilon")
-        form = Labelled.of(samples, labels)
-        one = driven(generator, latent_dim, label_counts(own_labels, labels))
-        generator = LabelledGenerator(one, form)
-        judge = _seeded(lambda: labelled_critic(critic(), form), seed)
-        samples = form.join(samples, own_labels)
-    real, steps, kept, its_seed = resample(samples), None, {}, seed
-    if privacy and privacy.epsilon is not None:
-        by = mechanism(privacy, settings, len(samples))
-        real, steps, its_seed = poisson(samples), private_critic_steps(by), secrets.randbits(32)
-        kept = {"epsilon": by.epsilon, "delta": by.delta}
-
-    def listen(done: int, total: int, losses: dict[str, float]) -> None:
-        if callback:
-            callback(done, total, losses)
-        if done == total:
-            last.update({f"{name}-loss": float(value) for name, value in losses.items()})
-
-    began = perf_counter()
-    trained = train_wgan(
-        generator,
-        [judge],
-        [real],
-        settings,
-        latent_dim=latent_dim,
-        seed=its_seed,
-        critic_steps=steps,
-        callback=listen,
-        checkpoint=checkpoint,
-    )
-    if isinstance(trained.generator, LabelledGenerator):
-        inside = trained.generator.generator.get_submodule("generator")
-        trained = replace(trained, generator=inside)
-    return trained, {**last, **kept, "train-seconds": perf_counter() - began}
-
 
 def source_train(
     message: Message,
@@ -146,7 +52,6 @@ def source_train(
     again: bool = False,
     send_critic: bool = False,
     store: StageStore | None = None,
-    latent_dim: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     callback: Progress | None = None,
@@ -158,30 +63,25 @@ def source_train(
 
     Parameters
     ----------
-    message, context
-        As Flower hands them over.
     generator, critic : callable
         Factories of the networks.
     samples : callable
         Returns the node's data (n, ...); only called if there is something to train. With
         `labels`, a pair of these and their labels (n,).
-    settings : Training
-        How long and how fast.
-    privacy : Privacy, optional
-        As in `train_source`; not together with `again`, which would spend epsilon in each round.
     min_memorization : float, optional
         Upload nothing whose `fl_wb.metrics.memorization` is less: about 1 if nothing was
         memorised, 0 for copies. To measure it, one sample in `HELD_OUT` is not trained on.
     labels : int, optional
         Train a conditional generator of so many labels, and say how often each is there.
     again : bool
-        Train in every round, from the arrays of that round (what FedAvg needs).
+        Train in every round, from the arrays of that round (what FedAvg needs); not with privacy,
+        which would spend epsilon in each.
     send_critic : bool
         Send the critic, too, as a second ArrayRecord (what fine-tuning both of them needs).
     store : StageStore, optional
         Keeps the generator, and checkpoints on the way to it, for later runs with the same
         settings and data: a node or a run that was killed is not trained twice.
-    latent_dim, seed, device, callback : optional
+    settings, privacy, seed, device, callback
         As in `train_source`; the device to train on.
 
     Returns
@@ -205,12 +105,7 @@ def source_train(
         )
     if again or _GENERATOR not in state:
         network = generator()
-        try:
-            records.load(message.content.array_records[keys.ARRAYS], network)
-        except records.InvalidUpload as error:
-            raise ValueError(
-                f"the server's generator does not fit that of node {context.node_id}: {error}"
-            ) from error
+        fitted(message.content.array_records[keys.ARRAYS], network, context)
         given = samples()
         data, own_labels = given if isinstance(given, tuple) else (given, None)
         if len(data) == 0:
@@ -220,9 +115,9 @@ def source_train(
         data, unseen = data[seen], data[held_out]
         own_labels = None if own_labels is None else own_labels[seen]
         # Named by where training starts, too: a round of FedAvg finds nothing of the one before.
-        one = driven(network, latent_dim, labels)
-        judge = _seeded(critic, seed)
-        key = _key(one, latent_dim, judge, data, own_labels, settings, privacy, seed, device)
+        one = driven(network, labels=labels)
+        judge = seeded(critic, seed)
+        key = key_of(one, judge, data, own_labels, settings, privacy, seed, device)
         found = store.get(key) if store else None
         if found is None:
             trained, figures = train_source(
@@ -231,30 +126,27 @@ def source_train(
                 data.to(device),
                 settings,
                 privacy=privacy,
-                latent_dim=latent_dim,
                 own_labels=None if own_labels is None else own_labels.to(device),
                 labels=labels,
                 seed=seed,
                 callback=callback,
                 checkpoint=store.checkpoint(key) if store else None,
             )
+            kept = {n: torch.tensor(v, dtype=torch.float64) for n, v in sorted(figures.items())}
             found = dict(trained.generator.state_dict())
             found |= {_CRITIC + n: v for n, v in trained.critics[0].state_dict().items()}
-            found |= {
-                _FIGURE + n: torch.tensor(v, dtype=torch.float64)
-                for n, v in sorted(figures.items())
-            }
+            found |= {_FIGURE + n: v for n, v in kept.items()}
             if store:
                 store.put(key, found)
                 store.keep_only([key])
-        figures = {name: float(value) for name, value in _below(found, _FIGURE).items()}
+        figures = {name: float(value) for name, value in below(found, _FIGURE).items()}
         often = None
         if own_labels is not None and labels is not None:
             often = label_counts(own_labels, labels)
         made = {name: found[name] for name in network.state_dict()}
         if min_memorization is not None:
             network.load_state_dict(made)
-            made_of = generate(network.cpu(), MADE, latent_dim=latent_dim, labels=often)
+            made_of = generate(network.cpu(), MADE, labels=often)
             measured = memorization(made_of, data, unseen)
             if not measured >= min_memorization:
                 raise ValueError(
@@ -264,7 +156,7 @@ def source_train(
             figures |= {} if private else {"memorization": measured}
         state[_GENERATOR] = ArrayRecord(made)
         if send_critic:
-            state[_JUDGE] = ArrayRecord(_below(found, _CRITIC))
+            state[_JUDGE] = ArrayRecord(below(found, _CRITIC))
         said = MetricRecord({keys.WEIGHT: len(data), **figures})
         if often is not None:
             said[keys.LABELS] = often
@@ -297,42 +189,3 @@ def _split(n: int, min_memorization: float | None, seed: int) -> tuple[Tensor, T
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held_out = n // HELD_OUT
     return order[held_out:], order[:held_out]
-
-
-def _below(found: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): value for n, value in found.items() if n.startswith(prefix)}
-
-
-def _seeded(critic: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Make a critic whose initial weights, too, are the seed's."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return critic()
-
-
-def _key(
-    network: nn.Module,
-    latent_dim: int | None,
-    critic: nn.Module,
-    data: Tensor,
-    own_labels: Tensor | None,
-    settings: Training,
-    privacy: Privacy | None,
-    seed: int,
-    device: str,
-) -> str:
-    """Name all that a training depends on, what the networks' code does included."""
-    z = latents_of(network, latent_dim).some()
-    told = {} if own_labels is None else {"labels": own_labels}
-    went_in = {
-        "version": VERSION,
-        "kept": "generator, critic",
-        "generator": fingerprint(copy_of(network).eval(), z),
-        "critic": fingerprint(copy_of(critic).eval(), data[:4]),
-        "data": digest({"data": data, **told}),
-        "training": asdict(settings),
-        "privacy": privacy and asdict(privacy),
-        "seed": seed,
-        "device": torch.device(device).type,
-    }
-    return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from flwr.app import (
+    ArrayRecord,
     ConfigRecord,
     Context,
     Message,
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 
 from fl_wb import ternary
 from fl_wb.adaptation import POOL, Adaptation, variation_bank
-from fl_wb.clients.fast_adaptation import make_own, own_samples, received, received_code
+from fl_wb.clients.fast_adaptation import make_own
+from fl_wb.clients.received import fitted, own_samples, received, received_code
 from fl_wb.generators.sampling import driven, generate, generate_rows, latents_of
-from fl_wb.messages import keys, records
+from fl_wb.messages import keys
 from fl_wb.messages.replies import PICTURES
 from fl_wb.metrics import Evaluation, Reference, augmentation, evenly
 from fl_wb.ternary import Ternarization
@@ -54,7 +56,6 @@ def target_evaluate(
     few_labels: Tensor | None = None,
     held_out_labels: Tensor | None = None,
     real: tuple[Tensor, Tensor] | None = None,
-    latent_dim: int | None = None,
     seed: int = 0,
     device: str = "cpu",
 ) -> RecordDict:
@@ -62,33 +63,23 @@ def target_evaluate(
 
     Parameters
     ----------
-    message, context
-        As Flower hands them over.
     generator, critic : callable
         Factories of the networks; the critic is a multilayer perceptron by default.
     few : Tensor
         This node's few samples (n, ...), n >= 1.
     held_out : Tensor
         Real samples (m, ...) that neither the sources nor this node trained on.
-    weights : {"fitted", "radius", "uniform", "shares"}
-        As in `fl_wb.clients.FastAdaptation`.
-    adaptation : Adaptation, optional
-        Settings of `fl_wb.adaptation.adapt`.
     ternarization : Ternarization, optional
-        Settings of `fl_wb.ternary.ternarize`; None leaves that step out.
-    features : callable, optional
-        As in `fl_wb.metrics.evaluate`.
-    evaluation : Evaluation, optional
+        None leaves that step out.
+    features, evaluation : optional
+        As in `fl_wb.metrics.evaluate`, and how to compare.
     send_few : bool
         Send pictures of the few samples themselves. No other part of a reply has real samples.
-    labels, few_labels : optional
-        Of a conditional generator: how many labels there are, and those of the few samples.
     held_out_labels : Tensor, optional
-        Those of the held-out samples: then also how well a classifier does that learned from the
-        few, from these and generated ones, and from real ones (``accuracy``).
-    real : pair of Tensor, optional
-        As in `fl_wb.metrics.augmentation`.
-    latent_dim, seed, device : optional
+        Of a conditional generator, of which there are `few_labels`, too: then also how well a
+        classifier does that learned from the few, from these and generated ones, and from `real`
+        ones (``accuracy``; see `fl_wb.metrics.augmentation`).
+    weights, adaptation, labels, few_labels, seed, device : optional
         As in `fl_wb.clients.fast_adaptation.make_own`.
 
     Returns
@@ -105,9 +96,12 @@ def target_evaluate(
     if labels is not None and few_labels is None:
         raise ValueError(f"few_labels are needed where there are labels={labels}")
     counts = None if few_labels is None or labels is None else label_counts(few_labels, labels)
-    few = own_samples(few, context, driven(plain, latent_dim, counts), latent_dim)
+    few = own_samples(few, context, driven(plain, labels=counts))
     snapshots = Snapshots((adaptation or Adaptation()).training.iterations, settings.snapshots)
-    sent, (code, without) = _critic(message, critic), received_code(message, context)
+    sent, (code, without) = None, received_code(message, context)
+    if critic is not None and keys.CRITIC in message.content.array_records:
+        words = "the server's critic does not fit that of node"
+        sent = fitted(message.content.array_records[keys.CRITIC], critic(), context, words)
     made = make_own(
         plain.to(device),
         few.to(device),
@@ -117,37 +111,31 @@ def target_evaluate(
         critic=critic if sent is None else lambda: sent,
         adaptation=adaptation,
         ternarization=ternarization,
-        latent_dim=latent_dim,
         labels=labels,
         few_labels=few_labels,
         seed=seed,
         device=device,
         checkpoint=snapshots,
     )
-    networks = {"barycenter": plain}
-    figures: dict[str, MetricRecordValues] = {
-        keys.WEIGHT: len(few),
-        "adapt-seconds": made.adapt_seconds,
-    }
+    networks, info = {"barycenter": plain}, ConfigRecord()
+    figures: dict[str, MetricRecordValues] = {keys.WEIGHT: len(few)}
+    figures["adapt-seconds"] = made.adapt_seconds
     if code is not None:
         networks["reweighted"] = made.start
         figures["weigh-seconds"] = made.weigh_seconds
     networks["adapted"] = made.adapted
-    info = ConfigRecord()
     if made.ternary is not None:
         networks["ternary"] = made.ternary
         figures["ternarize-seconds"] = made.ternarize_seconds
         info[keys.TERNARY] = ternary.pack(made.ternary)
-    networks = {step: driven(each, latent_dim, counts) for step, each in networks.items()}
+    networks = {step: driven(each, labels=counts) for step, each in networks.items()}
     few = few.cpu()
     there, held_out = len(held_out), evenly(held_out, settings.most)
     log.info("Comparing with %d of %d held-out samples", len(held_out), there)
-    judge = _Judge(
-        settings, Reference(held_out, few=few, features=features), len(held_out), latent_dim, seed
-    )
+    judge = _Judge(settings, Reference(held_out, few=few, features=features), len(held_out), seed)
     steps = {"few": judge.of_real(few)}
     if settings.bank:
-        pool = generate(made.start, POOL, seed=seed, latent_dim=latent_dim)
+        pool = generate(made.start, POOL, seed=seed)
         steps["bank"] = judge.of_real(variation_bank(few, pool, seed=seed))
     for step, network in networks.items():
         began = perf_counter()
@@ -167,21 +155,14 @@ def target_evaluate(
     for step, values in steps.items():
         figures |= {f"{step}/{name}": value for name, value in values.items()}
     if settings.snapshots:
-        info.update(
-            _curve(
-                snapshots, made.start, steps.get("reweighted", steps["barycenter"]), judge, counts
-            )
-        )
+        at_start = steps.get("reweighted", steps["barycenter"])
+        info.update(_curve(snapshots, made.start, at_start, judge, counts))
     pictures = {"few": few[:PICTURES]} if send_few else {}
     for step, network in networks.items():
-        pictures[step] = generate(network, PICTURES, latent_dim=latent_dim)
-    return RecordDict(
-        {
-            keys.METRICS: MetricRecord(figures),
-            keys.INFO: info,
-            keys.SAMPLES: records.from_tensors(pictures),
-        }
-    )
+        pictures[step] = generate(network, PICTURES)
+    content = RecordDict({keys.METRICS: MetricRecord(figures), keys.INFO: info})
+    content[keys.SAMPLES] = ArrayRecord(pictures)
+    return content
 
 
 @dataclass(frozen=True)
@@ -191,15 +172,14 @@ class _Judge:
     settings: Evaluation
     reference: Reference
     held_out: int
-    latent_dim: int | None
     seed: int
 
     def of(self, network: nn.Module) -> dict[str, float]:
         """Return the figures of a generator of one tensor."""
-        conditional = bool(latents_of(network, self.latent_dim).labels)
+        conditional = bool(latents_of(network).labels)
 
         def draw(n: int, seed: int) -> tuple[Tensor, Tensor | None]:
-            rows, made = generate_rows(network, n, seed=seed, latent_dim=self.latent_dim)
+            rows, made = generate_rows(network, n, seed=seed)
             return made, rows[:, -1] if conditional else None
 
         return self._mean(draw)
@@ -217,17 +197,6 @@ class _Judge:
         return {name: fmean(figures[name] for figures in found) for name in found[0]}
 
 
-def _critic(message: Message, critic: Callable[[], nn.Module] | None) -> nn.Module | None:
-    """Return the critic that a message carries beside the generator, if it does."""
-    sent = message.content.array_records.get(keys.CRITIC)
-    if sent is None or critic is None:
-        return None
-    try:
-        return records.load(sent, critic())
-    except records.InvalidUpload as error:
-        raise ValueError(f"the critic in the message does not fit this node's: {error}") from error
-
-
 def _curve(
     snapshots: Snapshots,
     start: nn.Module,
@@ -240,7 +209,7 @@ def _curve(
     for name, value in at_start.items():
         columns[f"curve/{name}"] = [value]
     for iteration, seconds, state in snapshots.taken:
-        network = driven(deepcopy(start), judge.latent_dim, counts)
+        network = driven(deepcopy(start), labels=counts)
         # a conditional one was trained with its labels, inside another module
         inside = "" if counts is None else "generator."
         network.load_state_dict({name.removeprefix(inside): state[name] for name in state})

@@ -26,8 +26,9 @@ from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Mes
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fl_wb.app.config import Config, from_run_config
+from fl_wb.app.config import from_run_config
 from fl_wb.app.factories import factories
+from fl_wb.app.schema import Config
 from fl_wb.clients import source_train, target_evaluate
 from fl_wb.data import datasets
 from fl_wb.data.samples import Samples
@@ -167,21 +168,18 @@ def place(context: Context, config: Config) -> Place:
             "which says what part of the run's data it has, or data, a folder of its own"
         )
     device = str(node.get("device", config.device))
-    role = node.get("role")
-    if role is not None:
-        if role not in keys.ROLES:
-            raise ValueError(
-                f"node {context.node_id}: role={role!r} is not one of {', '.join(keys.ROLES)}"
-            )
-        return Place(str(role), partition, number, data, cache, device)
-    if data is not None:
-        return Place(keys.BOTH, partition, number, data, cache, device)
-    sources, targets = config.data.source_count, len(config.data.targets)
-    if partition < sources:
-        return Place(keys.SOURCE, partition, number, data, cache, device)
-    if partition < sources + targets:
-        return Place(keys.TARGET, partition - sources, partition - sources, data, cache, device)
-    return Place(keys.NONE, partition, number, data, cache, device)
+    role = node.get("role", None if data is None else keys.BOTH)
+    if role is None:
+        sources, targets = config.data.source_count, len(config.data.targets)
+        role = keys.SOURCE if partition < sources else keys.NONE
+        if sources <= partition < sources + targets:
+            role, partition = keys.TARGET, partition - sources
+            number = partition
+    if role not in keys.ROLES:
+        raise ValueError(
+            f"node {context.node_id}: role={role!r} is not one of {', '.join(keys.ROLES)}"
+        )
+    return Place(str(role), partition, number, data, cache, device)
 
 
 def _privacy(config: Config, context: Context) -> Privacy:

@@ -15,13 +15,16 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 
-from fl_wb.app.config import Config, from_run_config, new_folder
-from fl_wb.app.factories import factories, seeded
+from fl_wb.app.config import from_run_config, new_folder
+from fl_wb.app.factories import factories
 from fl_wb.app.results import Results
+from fl_wb.app.schema import Config
 from fl_wb.data import datasets
+from fl_wb.generators.copies import seeded
 from fl_wb.messages import records
 from fl_wb.persistence.locks import locked
 from fl_wb.persistence.stage_store import StageStore
+from fl_wb.private_apis import is_simulated
 from fl_wb.reporting.tracker import Tracker
 from fl_wb.strategies import AdaptiveCoalescence, EdgeOnly, Ensemble, RoleFedAvg, Transfer
 
@@ -86,11 +89,10 @@ def _run(grid: Grid, config: Config, output: Path, overrides: str) -> str:
 def make_strategy(config: Config, results: Results) -> RoleFedAvg:
     """Return the strategy that the configuration names."""
     # All nodes are there when a run starts; one that leaves must not hold up the rest of it.
-    arguments: dict[str, Any] = {
-        "min_train_nodes": 1,
-        "min_evaluate_nodes": 1,
-        "min_available_nodes": 1,
-    }
+    arguments: dict[str, Any] = dict.fromkeys(
+        ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1
+    )
+    arguments |= {"observer": results, "max_share": config.strategy.max_share}
     strategies: dict[str, Callable[[], RoleFedAvg]] = {
         "adaptive_coalescence": lambda: _coalescence(config, results, arguments),
         "fedavg": lambda: RoleFedAvg(**arguments),
@@ -98,9 +100,7 @@ def make_strategy(config: Config, results: Results) -> RoleFedAvg:
         "ensemble": lambda: Ensemble(**arguments),
         "edge_only": lambda: EdgeOnly(**arguments),
     }
-    strategy = strategies[config.strategy.name]()
-    strategy.observer, strategy.max_share = results, config.strategy.max_share
-    return strategy
+    return strategies[config.strategy.name]()
 
 
 def _coalescence(
@@ -132,8 +132,7 @@ def wait_for_nodes(grid: Grid, number: int) -> None:
     """
     began = monotonic()
     while (connected := len(list(grid.get_node_ids()))) < number:
-        simulated = type(grid).__name__ == "InMemoryGrid"
-        if simulated and monotonic() - began > SIMULATION_SECONDS:
+        if is_simulated(grid) and monotonic() - began > SIMULATION_SECONDS:
             raise RuntimeError(
                 f"this simulation has {connected} nodes, and its configuration {number} (each "
                 "source and each target is one); run it with `fl-wb`, or give `flwr run` "

@@ -21,23 +21,18 @@ from fl_wb.strategies.role_fedavg import RoleFedAvg, Whole
 class EdgeOnly(RoleFedAvg):
     """Hand the initial arrays to the targets. The arguments are those of `RoleFedAvg`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._initial = ArrayRecord()
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask nobody to train."""
-        self._sent = []
-        self._initial = arrays
+        self._sent, self._arrays = [], arrays
         return []
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Return the initial arrays: they are the run's model."""
-        return self._initial, None
+        return self._arrays, None
 
 
 class Combining(RoleFedAvg):

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from logging import WARNING
 
 import torch
 from flwr.app import ArrayRecord
 from flwr.common.logger import log
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fl_wb.federation.model import own_arrays
+from fl_wb.generators.copies import seeded
 from fl_wb.generators.latents import Draw, Latents
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import Labels, check_function, driven, latents_of, sampling
 from fl_wb.messages import numpy_client, records
+from fl_wb.private_apis import caller_of_kind
 from fl_wb.training.wgan import critic_loss
+
+WRAPPERS = (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
+)
 
 
 def check_settings(
@@ -163,29 +177,23 @@ def check_not_wrapped() -> None:
     """Refuse to run inside Flower's wrappers for central differential privacy.
 
     They scale their noise to the sensitivity of a weighted average, and a barycenter is none.
-    A wrapped strategy has no other sign of it than who calls.
 
     Raises
     ------
     ValueError
         If one of them is among the callers.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = type(frame.f_locals.get("self"))
-        if any(kind.__name__.startswith("DifferentialPrivacy") for kind in caller.__mro__):
-            raise ValueError(
-                f"AdaptiveCoalescence cannot run inside {caller.__name__}: the wrapper scales its "
-                "noise to how much one node can move a weighted average, and a barycenter is no "
-                "average, so the privacy that it promises would not be there. Use local "
-                "differential privacy instead: flwr.clientapp.mod.LocalDpMod on the clients"
-            )
-        frame = frame.f_back
+    if (wrapper := caller_of_kind(*WRAPPERS)) is not None:
+        raise ValueError(
+            f"AdaptiveCoalescence cannot run inside {type(wrapper).__name__}: the wrapper scales "
+            "its noise to how much one node can move a weighted average, and a barycenter is no "
+            "average, so the privacy that it promises would not be there. Use local "
+            "differential privacy instead: flwr.clientapp.mod.LocalDpMod on the clients"
+        )
 
 
 def _made(name: str, factory: Callable[[], nn.Module]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # what the caller draws next is none of our business
-        network = factory()
+    network = seeded(factory, 0)
     if not isinstance(network, nn.Module):
         raise ValueError(f"the {name}'s factory made a {type(network).__name__}, not an nn.Module")
     return network

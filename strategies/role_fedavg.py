@@ -17,17 +17,18 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords, sample_nodes
 from torch import Tensor
 
+from fl_wb.federation.coalescence import say_dropped
 from fl_wb.federation.model import average
 from fl_wb.messages import keys, numpy_client, records
 from fl_wb.messages import replies as checked
-from fl_wb.messages.keys import BOTH, FORGET, ROLE, ROLES, SOURCE, TARGET
+from fl_wb.messages.keys import BOTH, ROLE, ROLES, SOURCE, TARGET
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
-
-Form = frozenset[tuple[str, int, bool]]  # of metrics: see `_form`
+from fl_wb.private_apis import aggregate_metricrecords, sample_nodes
+from fl_wb.strategies.metrics import averageable
+from fl_wb.strategies.roles import node_of, role_in, wants_forgetting
 
 ROLE_TIMEOUT = 60.0  # seconds; a fresh client process has to import torch before it can answer
 
@@ -86,7 +87,6 @@ class RoleFedAvg(FedAvg):
         self.observer, self.max_share = observer, max_share
         self._roles: dict[int, str] = {}
         self._arrays = ArrayRecord()  # the round's model
-        self._round = 0
         self._sent: list[Message] = []
         self._connected: list[int] = []
         self._strikes: Counter[int] = Counter()  # rounds in a row whose upload was dropped
@@ -96,21 +96,14 @@ class RoleFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Configure the next round of federated training, on sources."""
-        self._sent, self._arrays = [], arrays
-        if self.fraction_train == 0.0:
-            return []
-        node_ids = self._sample(grid, SOURCE, self.fraction_train, self.min_train_nodes)
-        return self._instruct(server_round, arrays, config, node_ids, MessageType.TRAIN)
+        self._arrays = arrays
+        return self._configure(SOURCE, server_round, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Configure the next round of federated evaluation, on targets."""
-        self._sent = []
-        if self.fraction_evaluate == 0.0:
-            return []
-        node_ids = self._sample(grid, TARGET, self.fraction_evaluate, self.min_evaluate_nodes)
-        return self._instruct(server_round, arrays, config, node_ids, MessageType.EVALUATE)
+        return self._configure(TARGET, server_round, arrays, config, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -122,7 +115,7 @@ class RoleFedAvg(FedAvg):
             try:
                 upload = self._upload(content, template)
             except InvalidUpload as error:
-                log(WARNING, "aggregate_train: dropped the upload of node %d: %s", node_id, error)
+                say_dropped(node_id, str(error))
                 continue
             kept.append((node_id, content))
             uploads.append((_place(node_id, content), node_id, upload))
@@ -155,14 +148,29 @@ class RoleFedAvg(FedAvg):
                 kept.append((node_id, content))
         return self._metrics(server_round, kept, is_train=False)
 
+    def _configure(
+        self, role: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """Make the messages of a round to nodes of a role."""
+        self._sent = []
+        fraction, minimum, kind = self.fraction_train, self.min_train_nodes, MessageType.TRAIN
+        names = [self.arrayrecord_key, self.configrecord_key]
+        if role == TARGET:
+            fraction, minimum = self.fraction_evaluate, self.min_evaluate_nodes
+            kind, names = MessageType.EVALUATE, [*map(numpy_client.evaluation_key, names)]
+        if fraction > 0.0:
+            node_ids = self._sample(grid, role, fraction, minimum)
+            config["server-round"] = server_round
+            record = RecordDict(dict(zip(names, (arrays, config), strict=True)))
+            self._sent = list(self._construct_messages(record, node_ids, kind))
+        return self._sent
+
     def _sample(self, grid: Grid, role: str, fraction: float, minimum: int) -> list[int]:
         # A sample of none waits for the nodes that FedAvg would wait for, and lists them.
         _, connected = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
         self._connected = connected
         # Of nodes that left nothing is remembered; a fleet's ids would otherwise pile up.
-        self._roles = {
-            node_id: self._roles[node_id] for node_id in connected if node_id in self._roles
-        }
+        self._roles = {n: role for n, role in self._roles.items() if n in connected}
         self._strikes = Counter({n: k for n, k in self._strikes.items() if n in connected})
         mistaken = self._ask_roles(grid, connected)
         able = [
@@ -176,22 +184,6 @@ class RoleFedAvg(FedAvg):
         if not able:
             log(WARNING, "none of the %d connected nodes is a %s", len(connected), role)
         return random.sample(able, size)
-
-    def _instruct(
-        self,
-        server_round: int,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        node_ids: list[int],
-        message_type: str,
-    ) -> list[Message]:
-        config["server-round"] = self._round = server_round
-        names = (self.arrayrecord_key, self.configrecord_key)
-        if message_type == MessageType.EVALUATE:
-            names = (numpy_client.evaluation_key(names[0]), numpy_client.evaluation_key(names[1]))
-        record = RecordDict(dict(zip(names, (arrays, config), strict=True)))
-        self._sent = list(self._construct_messages(record, node_ids, message_type))
-        return self._sent
 
     def forget(self, node_id: int) -> None:
         """Forget what a node sent, where anything is kept of it: here, nothing is."""
@@ -211,10 +203,10 @@ class RoleFedAvg(FedAvg):
         messages = list(self._construct_messages(question, unknown, MessageType.QUERY))
         mistaken = set()
         for reply in grid.send_and_receive(messages, timeout=ROLE_TIMEOUT):
-            node_id = _node_of(reply, messages)
+            node_id = node_of(reply, messages)
             try:
-                self._roles[node_id] = _role_in(reply)
-                if _wants_forgetting(reply):
+                self._roles[node_id] = role_in(reply)
+                if wants_forgetting(reply):
                     self.forget(node_id)
             except InvalidUpload as error:
                 mistaken.add(node_id)
@@ -229,13 +221,13 @@ class RoleFedAvg(FedAvg):
         good, bad = self._check_and_log_replies(list(replies), is_train, validate=False)
         silent = {message.metadata.dst_node_id for message in self._sent}
         for message in bad:
-            log(WARNING, "%s: node %d failed", name, _node_of(message, self._sent))
-        silent.difference_update(_node_of(message, self._sent) for message in good + bad)
+            log(WARNING, "%s: node %d failed", name, node_of(message, self._sent))
+        silent.difference_update(node_of(message, self._sent) for message in good + bad)
         for node_id in sorted(silent):
             log(WARNING, "%s: node %d did not answer in time", name, node_id)
         received = []
         for message in good:
-            node_id = _node_of(message, self._sent)
+            node_id = node_of(message, self._sent)
             try:
                 checked.check(message.content)
                 received.append((node_id, numpy_client.plain(message.content)))
@@ -297,81 +289,11 @@ class RoleFedAvg(FedAvg):
         aggregate = self.train_metrics_aggr_fn if is_train else self.evaluate_metrics_aggr_fn
         contents = [content for _, content in kept]
         if aggregate is aggregate_metricrecords:  # Flower's own takes for granted that they agree
-            contents = self._averageable(
-                kept, "aggregate_train" if is_train else "aggregate_evaluate"
-            )
+            name = "aggregate_train" if is_train else "aggregate_evaluate"
+            contents = averageable(kept, self.weighted_by_key, self.max_share, name)
         return aggregate(contents, self.weighted_by_key) if contents else None
-
-    def _averageable(self, kept: Sequence[tuple[int, RecordDict]], name: str) -> list[RecordDict]:
-        """Return the metrics that have the commonest names and forms, with bounded weights.
-
-        Of forms that are equally common, one whose figures all average, with fewer lists, shorter.
-        """
-        forms = [_form(checked.metrics(content)) for _, content in kept]
-        counted = Counter(forms)
-        commonest = max(counted, key=lambda form: (counted[form], *_plainness(form)), default=None)
-        alike = []
-        for (node_id, content), form in zip(kept, forms, strict=True):
-            if form == commonest:
-                alike.append(content)
-            else:
-                log(WARNING, "%s: node %d has metrics unlike the others': left out", name, node_id)
-        weights = bounded_weights([self._weight(content) for content in alike], self.max_share)
-        return [
-            RecordDict(
-                {keys.METRICS: MetricRecord({**checked.metrics(found), self.weighted_by_key: w})}
-            )
-            for found, w in zip(alike, weights, strict=True)
-        ]
-
-
-def _form(metrics: MetricRecord) -> Form:
-    """Return each metric's name, its length, and whether it averages with others."""
-    return frozenset(
-        (name, len(value), all(map(checked.is_figure, value)))
-        if isinstance(value, list)
-        else (name, -1, checked.is_figure(value))
-        for name, value in metrics.items()
-    )
-
-
-def _plainness(form: Form) -> tuple[bool, int, int]:
-    lists = sum(length >= 0 for _, length, _ in form)
-    return all(good for *_, good in form), -lists, -len(form)
 
 
 def _place(node_id: int, content: RecordDict) -> int:
     partition = checked.partition(content)
     return node_id if partition is None else partition
-
-
-def _node_of(reply: Message, sent: Sequence[Message]) -> int:
-    """Return the node that a reply is from: a dead node's error comes from the SuperLink's id."""
-    for message in sent:
-        if message.metadata.message_id == reply.metadata.reply_to_message_id:
-            return message.metadata.dst_node_id
-    return reply.metadata.src_node_id
-
-
-def _wants_forgetting(reply: Message) -> bool:
-    """Return whether a node asks, beside its role, that what it sent be forgotten."""
-    records = () if reply.has_error() else reply.content.config_records.values()
-    return any(record.get(FORGET) is True for record in records)
-
-
-def _role_in(reply: Message) -> str:
-    """Return the role in a node's answer, or raise InvalidUpload."""
-    if reply.has_error():
-        reason = str(reply.error.reason)
-        if "No query function" in reason or numpy_client.NO_QUERY in reason:
-            return BOTH
-        raise InvalidUpload(f"asked for its role, it failed: {reason[:200]}")
-    checked.check(reply.content)
-    for record in reply.content.config_records.values():
-        if ROLE in record:
-            if record[ROLE] in ROLES:
-                return str(record[ROLE])
-            raise InvalidUpload(
-                f"its role {str(record[ROLE])[:40]!r} is not one of {', '.join(ROLES)}"
-            )
-    return BOTH

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.fresh import copy_repository, make_environment
 
@@ -22,9 +24,20 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory, checkout: Path) -> Path:
-    """Return the programs of an environment in which FL-WB's wheel is installed."""
-    return make_environment(tmp_path_factory.mktemp("fresh"), checkout)
+def programs(tmp_path_factory: pytest.TempPathFactory, checkout: Path, worker_id: str) -> Path:
+    """Return the programs of an environment in which FL-WB's wheel is installed.
+
+    All workers share it: the first that asks for it makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "fresh"
+    with FileLock(folder.with_suffix(".lock")):
+        made = folder / "programs"  # written last, with where they are
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            made.write_text(str(make_environment(folder, checkout)), "utf-8")
+        return Path(made.read_text("utf-8"))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
-from fl_wb.barycenter import recursive_barycenter
+from fl_wb.barycenter import UselessMeasures, recursive_barycenter
+from fl_wb.federation import merger
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
 from fl_wb.training.distillation import Distillation
@@ -360,8 +362,12 @@ class Mined(nn.Module):
         return samples + (self.mine * (z[:, :1] > 3.3) * 1e38) * 1e38
 
 
-def test_an_upload_that_spoils_the_merge_is_dropped_and_the_rest_is_merged() -> None:
+@pytest.mark.parametrize("mined", [{12}, {11, 13, 14}])
+def test_uploads_that_spoil_the_merge_are_dropped_at_once_and_the_rest_is_merged(
+    mined: set[int], caplog: pytest.LogCaptureFixture
+) -> None:
     # Prepare
+    caplog.set_level(logging.INFO, "flwr")
     made = ClientApp()
 
     @made.train()
@@ -369,21 +375,35 @@ def test_an_upload_that_spoils_the_merge_is_dropped_and_the_rest_is_merged() -> 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(context.node_id)
             network = Mined()
-        if context.node_id == 12:
+        if context.node_id in mined:
             network.mine.fill_(1.0)
         return reply(message, ArrayRecord(dict(network.state_dict())))
 
-    stage = replace(STAGE, distillation=Distillation(iterations=700, batch_size=32))
+    stage = replace(STAGE, distillation=Distillation(iterations=700, batch_size=128))
     coalescence = AdaptiveCoalescence(generator=Mined, stage=stage)
 
     # Execute
     result = coalescence.start(
-        grid=InProcessGrid(made, nodes=3),
+        grid=InProcessGrid(made, nodes=5),
         initial_arrays=ArrayRecord(dict(Mined().state_dict())),
         num_rounds=1,
     )
 
     # Assert
     metrics = result.train_metrics_clientapp[1]
-    assert (metrics["uploads-merged"], metrics["uploads-dropped"]) == (2, 1)
+    assert (metrics["uploads-merged"], metrics["uploads-dropped"]) == (5 - len(mined), len(mined))
     assert result.arrays
+    begun = [r.args[0] for r in caplog.records if "merging %d generators" in str(r.msg)]
+    assert begun == [5, 5 - len(mined)]  # many cost no more than one
+
+
+def test_a_merge_that_no_upload_spoils_leaves_the_model_where_its_own_samples_do(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(*arguments: Any, **settings: Any) -> nn.Module:
+        raise UselessMeasures({"the merged one": "the generator makes samples that are not finite"})
+
+    monkeypatch.setattr(merger, "barycenter_of", spoilt)
+    result = start(strategy(), InProcessGrid(app(), nodes=2))
+    assert not result.arrays
+    assert "the merge failed (the generator makes samples that are not finite)" in caplog.text

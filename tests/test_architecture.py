@@ -102,3 +102,22 @@ def test_a_room_says_what_it_is(room: str) -> None:
 def test_files_of_the_mathematics_fit_one_reading(room: str) -> None:
     for path in files(room):
         assert len(path.read_text("utf-8").splitlines()) <= 300, path.name
+
+
+PRIVATE = ("flwr.common.constant", "flwr.supercore", "flwr.superlink", "hydra._internal")
+
+
+@pytest.mark.parametrize("room", sorted({*ROOMS} - {"private_apis"}))
+def test_private_apis_are_used_in_one_place(room: str) -> None:
+    found = {name for name in imports(room) if name.startswith(PRIVATE)}
+
+    assert not found | {name for name in imports(room) if "strategy_utils" in name}
+
+
+def test_private_apis_are_those_of_the_versions_tested_with() -> None:
+    said = ast.get_docstring(ast.parse(files("private_apis")[0].read_text("utf-8")))
+    pinned = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+
+    for name in ("flwr", "hydra-core"):
+        (version,) = re.findall(rf"{name} (\d+\.\d+\.\d+)", said or "")
+        assert f"{name}=={version}" in pinned

@@ -14,9 +14,10 @@ from flwr.clientapp import ClientApp
 
 from fl_wb import ternary
 from fl_wb.app.config import compose
-from fl_wb.app.factories import factories, seeded
+from fl_wb.app.factories import factories
 from fl_wb.clients import source_train
 from fl_wb.data.datasets import load, source_samples, target_samples
+from fl_wb.generators.copies import seeded
 from fl_wb.generators.mixture import Mixture, states_as_mixture
 from fl_wb.generators.sampling import generate
 from fl_wb.persistence.stage_store import StageStore

@@ -20,9 +20,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from fl_wb.app.config import ConfigError, compose, from_run_config
+from fl_wb.app.config import compose, from_run_config
+from fl_wb.app.overrides import ConfigError
 from fl_wb.commands import cli, watchdog
-from fl_wb.commands.launcher import RunFailed, launch, submit
+from fl_wb.commands.launcher import launch, submit
+from fl_wb.commands.superlink import RunFailed
 from fl_wb.data.readers import DataError
 from tests.fresh import app_toml
 

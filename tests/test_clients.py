@@ -12,10 +12,10 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fl_wb import ternary
-from fl_wb.app.config import Config
+from fl_wb.app.schema import Config
 from fl_wb.client_app import place
 from fl_wb.clients import FastAdaptation, source_train, target_evaluate
-from fl_wb.clients.source import train_source
+from fl_wb.clients.training import train_source
 from fl_wb.messages import keys, records
 from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import (

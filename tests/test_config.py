@@ -10,14 +10,9 @@ import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from fl_wb.app.config import (
-    Config,
-    ConfigError,
-    compose,
-    from_run_config,
-    new_folder,
-    to_run_config,
-)
+from fl_wb.app.config import compose, from_run_config, new_folder, to_run_config
+from fl_wb.app.overrides import ConfigError
+from fl_wb.app.schema import Config
 
 CONF = Path(__file__).parents[1] / "conf"
 

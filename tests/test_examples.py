@@ -100,7 +100,7 @@ def test_an_example_runs(name: str, version: str, results: list[Result]) -> None
 def test_numpy_clients_run_and_their_discriminator_is_averaged(
     version: str, results: list[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"num-server-rounds": 3, "local-epochs": 20}
+    settings = {"num-server-rounds": 3, "local-epochs": 10}
     with example("numpy_client", version) as (server, client):
         # Prepare: note what each node's list is in the end
         lists: dict[int, tuple[int, list[Any]]] = {}
@@ -203,12 +203,36 @@ launch(settings, nodes=2, log=Path("superlink.log"), app=Path(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("name", ["tabular"])  # whose nodes train, adapt and evaluate
-def test_an_example_as_users_run_it(name: str, programs: Path, away: Path) -> None:
-    app = shutil.copytree(EXAMPLES / name / "after", away / "app")
+# Settings for a first try, shorter than by default: in which file, behind what.
+SHORTER = {
+    "server_app.py": ("critic=Discriminator, ", "iterations=100, "),
+    "client_app.py": (
+        "Generator, few, ",
+        "adaptation=Adaptation(training=Training(iterations=20)), "
+        "ternarization=Ternarization(iterations=50), ",
+    ),
+}
+IMPORTS = """
+from fl_wb.adaptation import Adaptation
+from fl_wb.ternary import Ternarization
+from fl_wb.training.wgan import Training
+"""
+
+
+def test_an_example_as_users_run_it(programs: Path, away: Path) -> None:
+    # Prepare: the one whose nodes train, adapt and evaluate
+    app = shutil.copytree(EXAMPLES / "tabular" / "after", away / "app")
+    for file, (behind, settings) in SHORTER.items():
+        path = app / "tabular_app" / file
+        before, after = path.read_text("utf-8").split(behind)
+        path.write_text(IMPORTS + before + behind + settings + after, "utf-8")
+
+    # Execute
     done = subprocess.run(
         [programs / "python", "-c", LAUNCH, str(app)], capture_output=True, text=True, timeout=240
     )
+
+    # Assert
     assert done.returncode == 0, done.stdout + done.stderr
     assert "'uploads-merged': 2, 'uploads-dropped': 0" in done.stdout
     assert done.stdout.count("Received 2 results and 0 failures") == 2  # train, evaluate

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -299,3 +301,17 @@ def test_evaluation_without_usable_replies_is_skipped() -> None:
         return Message(RecordDict({"config": ConfigRecord()}), reply_to=message)
 
     assert start(app, rounds=2).evaluate_metrics_clientapp == {}
+
+
+def test_every_fault_of_the_table_names_tests_that_there_are() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text(encoding="utf-8")
+    table = text.split("## Faults")[1].split("## ")[0].strip().splitlines()[2:]
+    assert len(table) > 20
+    for row in table:
+        *_, tests, end = re.split(r"(?<!\\)\|", row)
+        file, found = "", re.findall(r"`(test_\w+\.py)?::(\w+)`", tests)
+        assert found and not end, row
+        for name, test in found:
+            file = name or file
+            tree = ast.parse(Path(__file__).with_name(file).read_text(encoding="utf-8"))
+            assert test in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, row

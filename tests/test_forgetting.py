@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fl_wb.adaptation import WEIGHTS, fit_weights, own_start
-from fl_wb.clients.fast_adaptation import received_code
+from fl_wb.clients.received import received_code
 from fl_wb.generators.code import Code
 from fl_wb.generators.reweighted import Reweighted
 from fl_wb.messages import keys

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import random
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from itertools import islice
@@ -148,8 +150,20 @@ def test_any_upload(data: bytes, dtype: str, shape: list[int]) -> None:
     validate(data, dtype, tuple(shape))
 
 
-def test_mutated_pictures_and_idx_files_are_read_or_refused(tmp_path: Path) -> None:
+def test_mutated_files_of_all_forms_are_read_or_refused(tmp_path: Path) -> None:
+    for name, data in fuzz.seeds(tmp_path).items():
+        (tmp_path / name).write_bytes(data)
+        assert fuzz.read(tmp_path / name) or name.startswith("deep-"), name
     before = fuzz.memory()
-    outcomes = list(islice(fuzz.attack(tmp_path, random.Random(2)), 1500))
-    assert 0 < sum(outcomes) < len(outcomes)
+    outcomes = dict.fromkeys(islice(fuzz.attack(tmp_path, random.Random(2)), 1500))
+    refused = {name for name, was_read in outcomes if not was_read}
+    assert {"packed-tern", "stage-safetensors", "upload-npy", "images-idx3-ubyte"} < refused
+    assert {name for name, was_read in outcomes if was_read} > {"rgb-png", "upload-npy"}
     assert fuzz.memory() - before < 600e6
+
+
+def test_bombs_take_no_more_than_is_said() -> None:
+    command = [sys.executable, "-m", "benchmarks.fuzz", "--minutes", "0"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "5792-png of" in found and "bytes: read;" in found
+    assert "22000-png of" in found and found.count("bytes: refused;") == 2

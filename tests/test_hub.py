@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fl_wb.app.config import ConfigError, compose
+from fl_wb.app.config import compose
+from fl_wb.app.overrides import ConfigError
 from fl_wb.data.datasets import DataConfig, DataError, load, source_samples, target_samples
 from tests.test_datasets import rows
 from tests.test_simulation import check_results, run_in_process

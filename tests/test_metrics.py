@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb.app.config import ConfigError, compose
+from fl_wb.app.config import compose
+from fl_wb.app.overrides import ConfigError
 from fl_wb.commands.cli import check
 from fl_wb.data.datasets import DataConfig, load, source_samples, target_samples
 from fl_wb.metrics import (

@@ -16,7 +16,7 @@ from PIL import Image
 from fl_wb.data import pictures, readers
 from fl_wb.data.datasets import DataConfig, image_shape, load
 from fl_wb.data.pictures import pixels_of, seen
-from fl_wb.data.readers import DataError, read_picture_folder, read_picture_folders
+from fl_wb.data.readers import DataError, read_picture_folders
 from tests.test_datasets import idx
 
 RAMP = np.linspace(0, 1, 96).reshape(8, 12)
@@ -135,10 +135,10 @@ def test_all_pictures_together_have_a_limit(
     (tmp_path / "0").mkdir()
     for number in range(3):
         Image.fromarray(GREY).save(tmp_path / "0" / f"{number}.png")
-    assert len(read_picture_folder(tmp_path)[0]) == 3
+    assert len(read_picture_folders(tmp_path)[0][0]) == 3
     monkeypatch.setattr(pictures, "MOST_BYTES", 200)
     with pytest.raises(DataError, match=r"2.png: the pictures up to it take more than 200 bytes"):
-        read_picture_folder(tmp_path)
+        read_picture_folders(tmp_path)
 
 
 def folders(root: Path, *names: str, shade: int = 7) -> Path:
@@ -151,7 +151,7 @@ def folders(root: Path, *names: str, shade: int = 7) -> Path:
 
 def test_every_form_in_any_spelling_and_below_folders_is_read(tmp_path: Path) -> None:
     names = ["a/1.PNG", "a/deep/er/2.png", "a/3.Jpg", "b/4.JPEG", "b/5.jfif", "b/6.DIB", "b/7.tga"]
-    found, labels = read_picture_folder(folders(tmp_path, *names))
+    found, labels = read_picture_folders(folders(tmp_path, *names))[0]
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert found.shape == (7, 1, 3, 4)
 
@@ -163,12 +163,12 @@ def test_litter_is_passed_over_and_the_rest_is_said(
     for name in ("cat/._0.png", "cat/.DS_Store", "dog/Thumbs.db", "dog/desktop.ini", ".DS_Store"):
         (tmp_path / name).write_bytes(b"\0\5\x16\7litter")
     with caplog.at_level(logging.WARNING, "flwr"):
-        assert read_picture_folder(tmp_path)[1].tolist() == [0, 1]
+        assert read_picture_folders(tmp_path)[0][1].tolist() == [0, 1]
     assert not caplog.records
     for name in ("cat/notes.txt", "cat/0.xcf", "labels.csv"):
         (tmp_path / name).write_bytes(b"others")
     with caplog.at_level(logging.WARNING, "flwr"):
-        assert len(read_picture_folder(tmp_path)[0]) == 2
+        assert len(read_picture_folders(tmp_path)[0][0]) == 2
     assert [record.getMessage().split(": ", 1)[1] for record in caplog.records] == [
         "left out, in no class folder: labels.csv",
         "left out, no picture by name: 0.xcf, notes.txt",
@@ -186,21 +186,21 @@ def test_litter_is_passed_over_and_the_rest_is_said(
     ],
 )
 def test_folders_are_as_many_classes(tmp_path: Path, names: list[str], classes: list[int]) -> None:
-    _, labels = read_picture_folder(folders(tmp_path, *(f"{name}/0.png" for name in names)))
+    _, labels = read_picture_folders(folders(tmp_path, *(f"{name}/0.png" for name in names)))[0]
     assert sorted(labels.tolist()) == sorted(classes)
 
 
 def test_what_is_no_folder_of_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="9223372036854775808 as a folder's name is too large"):
-        read_picture_folder(folders(tmp_path / "a", "9223372036854775808/0.png"))
+        read_picture_folders(folders(tmp_path / "a", "9223372036854775808/0.png"))
     with pytest.raises(DataError, match=r"pack is the only folder .* are they the classes"):
-        read_picture_folder(folders(tmp_path / "b", "pack/cat/0.png", "pack/dog/0.png"))
+        read_picture_folders(folders(tmp_path / "b", "pack/cat/0.png", "pack/dog/0.png"))
     (folders(tmp_path / "c", "cat/0.png") / "dog").mkdir()
     with pytest.raises(DataError, match=r"dog holds no pictures \(such as"):
-        read_picture_folder(tmp_path / "c")
+        read_picture_folders(tmp_path / "c")
     (tmp_path / "c" / "dog" / "0.heic").write_bytes(b"x")
     with pytest.raises(DataError, match=r"dog holds no pictures .* only 0.heic"):
-        read_picture_folder(tmp_path / "c")
+        read_picture_folders(tmp_path / "c")
 
 
 def test_links_are_followed_once_and_what_is_no_file_is_refused(tmp_path: Path) -> None:
@@ -209,14 +209,14 @@ def test_links_are_followed_once_and_what_is_no_file_is_refused(tmp_path: Path) 
     (root / "cat" / "2.png").symlink_to(tmp_path / "elsewhere" / "1.png")
     (root / "dog").symlink_to(tmp_path / "elsewhere")
     (root / "cat" / "circle").symlink_to(root / "cat")
-    assert read_picture_folder(root)[1].tolist() == [0, 0, 1]
+    assert read_picture_folders(root)[0][1].tolist() == [0, 0, 1]
     (root / "cat" / "3.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(DataError, match=r"3.png is no file, or a link to none"):
-        read_picture_folder(root)
+        read_picture_folders(root)
     (root / "cat" / "3.png").unlink()
     os.mkfifo(root / "cat" / "3.png")
     with pytest.raises(DataError, match=r"3.png is no file"):
-        read_picture_folder(root)
+        read_picture_folders(root)
 
 
 def test_a_training_and_a_test_folder_are_the_two_parts(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ from flwr.app import Context, RecordDict
 from torch import Tensor, nn
 
 from fl_wb import client_app
-from fl_wb.app.config import Config, ConfigError, compose
-from fl_wb.clients.source import HELD_OUT, train_source
+from fl_wb.app.config import compose
+from fl_wb.app.overrides import ConfigError
+from fl_wb.app.schema import Config
+from fl_wb.clients.source import HELD_OUT
+from fl_wb.clients.training import train_source
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import keys

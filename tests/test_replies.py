@@ -10,10 +10,12 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result
+from PIL import Image
 
 from benchmarks.attacks import EVALUATE, Spoil, metric, picture, renamed
 from fl_wb.app.config import compose
@@ -21,7 +23,7 @@ from fl_wb.app.factories import factories
 from fl_wb.app.results import Results
 from fl_wb.client_app import app
 from fl_wb.data import datasets
-from fl_wb.data.datasets import held_out, source_samples, target_samples
+from fl_wb.data.datasets import held_out, load_own, source_samples, target_samples
 from fl_wb.messages import keys, replies
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.persistence.tensor_files import digest
@@ -29,6 +31,7 @@ from fl_wb.reporting.tracker import Tracker
 from fl_wb.server_app import app as server_app
 from fl_wb.strategies import RoleFedAvg
 from fl_wb.testing.in_process_grid import InProcessGrid, through_the_wire
+from tests.test_own_data import folder_of
 from tests.test_simulation import TINY
 
 TARGETS = "data.targets=[[0,1],[2,3]]"
@@ -229,3 +232,33 @@ def test_no_real_sample_leaves_a_node_unless_the_run_says_so(
     for part in private:
         for images in (part.images, datasets.load(data)[0].images):
             assert digest({"images": images}).encode() not in everything
+
+
+@pytest.mark.parametrize("strategy", ["adaptive_coalescence", "fedavg"])
+def test_no_real_sample_leaves_a_node_of_both_roles_with_data_of_its_own(
+    strategy: str, tmp_path: Path
+) -> None:
+    # Prepare: it trains, adapts and evaluates, beside a source and a target
+    folder = folder_of(tmp_path / "own", 0)
+    words = " ".join([*TINY, TARGETS, "client.features=pixels", "nodes=3", f"strategy={strategy}"])
+    config = {"overrides": words, "output": str(tmp_path / "output")}
+    grid = Odd(0, config, lambda content: None, "")
+    for node in (
+        {"role": "both", "data": str(folder)},
+        {"role": "source", "partition-id": 0},
+        {"role": "target", "partition-id": 0},
+    ):
+        grid.add(node)
+
+    # Execute
+    server_app(grid, Context(7, 1, {}, RecordDict(), config))
+
+    # Assert
+    assert grid.nodes[11].received == ["query", "train", "evaluate"]
+    own = load_own(str(folder), compose(words.split()).data)
+    everything = sent(grid)
+    for part in own:
+        assert not any(form in everything for form in forms(part.images))
+    raw = [np.asarray(Image.open(file)).tobytes() for file in folder.rglob("*.png")]
+    files = [file.read_bytes() for file in folder.rglob("*.png")]
+    assert len(raw) == 8 and not any(each in everything for each in raw + files)

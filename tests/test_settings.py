@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import pytest
 
 from fl_wb.adaptation import Adaptation
-from fl_wb.app.config import Config, ConfigError, checked, compose
+from fl_wb.app.config import checked, compose
+from fl_wb.app.overrides import ConfigError
+from fl_wb.app.schema import Config
 from fl_wb.settings import Field, Settings, above, fields_of
 from fl_wb.training.wgan import Training
 

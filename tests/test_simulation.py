@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
+from flwr.superlink.grid import InMemoryGrid
 
 from fl_wb import ternary
 from fl_wb.app.config import compose
@@ -168,7 +169,7 @@ def test_a_simulation_with_too_few_nodes_says_how_to_size_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fl_wb.server_app.SIMULATION_SECONDS", -1.0)
-    grid = type("InMemoryGrid", (InProcessGrid,), {})(client_app, 2)  # Flower's name
+    grid = type("Simulated", (InProcessGrid, InMemoryGrid), {})(client_app, 2)
     context = Context(7, 1, {}, RecordDict(), {"overrides": "", "output": str(tmp_path)})
     with pytest.raises(RuntimeError, match=r'2 nodes, .* 3 .*"num-supernodes=3 '):
         server_app(grid, context)

@@ -10,7 +10,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from fl_wb.clients import source
+from fl_wb.clients import training
 from fl_wb.clients.source import source_train
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.strategies import RoleFedAvg
@@ -60,7 +60,7 @@ def test_an_old_result_answers_for_the_same_training_alone(
     assert trainings(tmp_path) == 1
     assert trainings(tmp_path) == 0
     assert trainings(tmp_path, generator=lambda: Louder(generator())) == 1
-    monkeypatch.setattr(source, "VERSION", 99)
+    monkeypatch.setattr(training, "VERSION", 99)
     assert trainings(tmp_path) == 1
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fl_wb.commands import launcher
-from fl_wb.commands.launcher import RunFailed, launch
+from fl_wb.commands import launcher, superlink
+from fl_wb.commands.launcher import launch
+from fl_wb.commands.superlink import RunFailed
 from tests.deployment import wait
 from tests.fresh import app_toml
 
@@ -166,13 +167,13 @@ def test_hosts_that_are_kept_from_the_proxy_stay_so(
         monkeypatch.delenv(name, raising=False)
     for name, value in theirs.items():
         monkeypatch.setenv(name, value)
-    found = launcher._environment(Path("/home"))
+    found = superlink.environment_of(Path("/home"))
     assert {found[name] for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY")} == {expected}
 
 
 def test_telemetry_is_the_users_to_turn_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
-    assert launcher._environment(Path("/home"))["FLWR_TELEMETRY_ENABLED"] == "1"
+    assert superlink.environment_of(Path("/home"))["FLWR_TELEMETRY_ENABLED"] == "1"
 
 
 def _family(folder: Path) -> list[psutil.Process]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
-from fl_wb.app.config import Config
+from fl_wb.app.schema import Config
 from fl_wb.data import datasets
 from fl_wb.generators.networks import make_critic, make_generator
 
@@ -29,10 +28,3 @@ def factories(config: Config) -> tuple[Callable[[], nn.Module], Callable[[], nn.
         return make_critic(network.critic, shape, width=network.width)
 
     return generator, critic
-
-
-def seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Make a network whose initial weights depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return factory()

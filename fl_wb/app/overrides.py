@@ -61,14 +61,8 @@ def check_key(
 ) -> None:
     """Refuse what Hydra would accept or explain badly: unknown and added keys, unknown options.
 
-    Parameters
-    ----------
-    override : Override
-        As parsed.
-    fields : mapping
-        What every key of the configuration may be, groups of keys included.
-    groups : mapping
-        The options of every group of files.
+    ``fields`` are what every key of the configuration may be, groups of keys included; ``groups``
+    the options of every group of files.
 
     Raises
     ------

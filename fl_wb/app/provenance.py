@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fl_wb.app.config import Config
+from fl_wb.app.schema import Config
 from fl_wb.barycenter import VERSION
 
 

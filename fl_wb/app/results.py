@@ -11,15 +11,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
 from fl_wb import ternary
-from fl_wb.app.config import Config
+from fl_wb.app.album import APART, COLUMNS, OWN, Album, by_number
 from fl_wb.app.provenance import provenance
+from fl_wb.app.schema import Config
 from fl_wb.generators.code import code_of
+from fl_wb.generators.copies import seeded
 from fl_wb.generators.mixture import fitting
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import records, replies
@@ -32,12 +33,8 @@ from fl_wb.ternary import parse
 
 log = logging.getLogger("flwr")
 
-COLUMNS = 12  # of a grid of pictures
 STEPS = ("few", "bank", "barycenter", "reweighted", "adapted", "ternary", "real")
-OWN = ("few", "reweighted", "adapted", "ternary")  # steps of which each target has pictures
 EVENTS = 20  # iterations between two points of a loss curve
-APART = 3  # targets that have rows of their own in the table and the overview
-ROWS = 32  # of a picture: one of a thousand nodes would be a bomb to open
 
 
 class Results:
@@ -49,10 +46,8 @@ class Results:
     ----------
     tracker : Tracker
         Of the output folder.
-    config : Config
-        Of the run.
-    generator : callable
-        Factory of the run's generators.
+    config, generator
+        The run's configuration, and the factory of its generators.
     overrides : str
         What was set, in the user's words: the result file says it beside the whole configuration.
     """
@@ -76,10 +71,9 @@ class Results:
         self.left_out: Counter[str] = Counter()  # parts of replies, by node
         self._names: dict[tuple[str, str], int] = {}  # (source or target, name): node id
         self._ternary: dict[str, int] = {}  # bytes
-        self._pictures: dict[str, dict[str, Tensor]] = {}
-        with torch.random.fork_rng(devices=[]):
-            network = generator()
+        network = seeded(generator, 0)
         self._shape = tuple(self._drawn(network, 2).shape[1:])
+        self._album = Album(tracker, self._shape)
         self._most = sum(len(a.data) for a in records.to_arrays(network).values())
         self._bar = progress("Barycenter")
         self._began = perf_counter()
@@ -106,8 +100,8 @@ class Results:
             self.sources[name] = replies.figures(content)
             with self._part(node_id, "its generator's pictures"):
                 network = records.load(replies.model(content), self.generator())
-                self._pictures.setdefault("source", {})[name] = self._drawn(network, COLUMNS)
-        self._draw("source", "sources")
+                self._album.put("source", name, self._drawn(network, COLUMNS))
+        self._album.draw("source", "sources")
 
     def evaluate(self, server_round: int, contents: Mapping[int, RecordDict]) -> None:
         """Keep the targets' figures, ternary generators and pictures."""
@@ -122,9 +116,9 @@ class Results:
                 self._keep_ternary(name, content)
             with self._part(node_id, "its pictures"):
                 for step, samples in replies.pictures(content, STEPS, self._shape).items():
-                    self._pictures.setdefault(step, {})[name] = samples[:COLUMNS]
+                    self._album.put(step, name, samples)
         for step in OWN:
-            self._draw(step, step)
+            self._album.draw(step, step)
 
     @contextmanager
     def _part(self, node_id: int, what: str) -> Iterator[None]:
@@ -181,7 +175,7 @@ class Results:
         except OSError as failed:
             lost = OSError(f"{self.model}.safetensors cannot be written: {failed}")
             error = error or lost
-        self._draw_overview()
+        self._album.draw_overview()
         self.tracker.write_json(
             "metrics.json",
             {
@@ -228,18 +222,15 @@ class Results:
         """
         network = records.load(arrays, self.generator())
         names = {node: name for (role, name), node in self._names.items() if role == "source"}
-        self._pictures["cell"] = {
-            names.get(node, str(node)): generate(
-                network, COLUMNS, source=cell, code=code_of(tuple(shares))
-            )
-            for node, cell in cells.items()
-        }
-        self._draw("cell", "cells")
+        for node, cell in cells.items():
+            made = generate(network, COLUMNS, source=cell, code=code_of(tuple(shares)))
+            self._album.put("cell", names.get(node, str(node)), made)
+        self._album.draw("cell", "cells")
 
     def _rows_of(self, mean: dict[str, dict[str, float]], size: int) -> dict[str, Any]:
         """Return the table's rows: of each target if they are few, else of their mean."""
         titles = {"barycenter": self.model, "few": "few, resampled", "real": "as many real ones"}
-        targets = sorted(self.targets, key=_by_number)
+        targets = sorted(self.targets, key=by_number)
         apart = {
             f", target {name}": (_steps(self.targets[name]), self._ternary.get(name, 0))
             for name in targets
@@ -273,9 +264,7 @@ class Results:
             return 0
         network = records.load(result.arrays, self._network(_shapes(result.arrays)))
         state = network.state_dict()
-        drawn = self._drawn(network, COLUMNS * 4)
-        self._pictures["barycenter"] = {"": drawn}
-        self.tracker.images("barycenter", drawn, columns=COLUMNS)
+        self._album.draw_model(self._drawn(network, COLUMNS * 4))
         save_tensors(self.output / f"{self.model}.safetensors", state)
         return sum(value.numel() * value.element_size() for value in state.values())
 
@@ -284,36 +273,6 @@ class Results:
         if self.config.strategy.name != "ensemble":
             return self.generator()
         return fitting(shapes, self.generator, most=len(self.sources))
-
-    def _draw(self, step: str, tag: str) -> None:
-        rows = _rows(step, self._pictures.get(step, {}))
-        if rows and replies.drawable(self._shape):
-            self.tracker.images(tag, rows, columns=COLUMNS)
-
-    def _draw_overview(self) -> None:
-        """Draw one picture of the whole run, from the sources to the first targets."""
-        rows = _rows("source", self._pictures.get("source", {}))
-        if drawn := self._pictures.get("barycenter"):
-            rows["barycenter"] = drawn.get("", next(iter(drawn.values())))
-        names = sorted(
-            {name for step in OWN for name in self._pictures.get(step, {})}, key=_by_number
-        )
-        for name in names[:APART]:
-            whose = f", target {name}" if len(names) > 1 else ""
-            for step in OWN:
-                if name in self._pictures.get(step, {}):
-                    rows[step + whose] = self._pictures[step][name]
-        if rows and replies.drawable(self._shape):
-            self.tracker.images("overview", rows, columns=COLUMNS)
-
-
-def _rows(step: str, samples: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    who = "source" if step in ("source", "cell") else "target"
-    return {f"{who} {name}": samples[name] for name in sorted(samples, key=_by_number)[:ROWS]}
-
-
-def _by_number(name: str) -> tuple[int, str]:
-    return len(name), name
 
 
 def _steps(figures: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from fl_wb.barycenter.recursion import (
     stage_of,
 )
 from fl_wb.barycenter.stage import GEODESICS, STARTS, VERSION, Stage
-from fl_wb.barycenter.teachers import Measure, UselessMeasure
+from fl_wb.barycenter.teachers import Measure, UselessMeasures
 
 __all__ = [
     "FAN_IN",
@@ -27,7 +27,7 @@ __all__ = [
     "Measure",
     "Merge",
     "Stage",
-    "UselessMeasure",
+    "UselessMeasures",
     "barycenter_of",
     "check_conditional",
     "check_executor",

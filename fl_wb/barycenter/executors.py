@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fl_wb.barycenter.merge import Merge
-from fl_wb.barycenter.teachers import Measure
+from fl_wb.barycenter.teachers import Measure, UselessMeasures
 from fl_wb.training.wgan import Progress
 
 EXECUTORS = (None, "ray")
@@ -33,14 +33,26 @@ def run_level(
     callbacks: Sequence[Progress | None],
     names: Sequence[str],
 ) -> list[Merged]:
-    """Merge each group, one after another or on Ray; results in the order of the groups."""
-    if executor is None or len(groups) == 1:
-        return [
-            merge.run(group, initial, callback, name)
-            for group, callback, name in zip(groups, callbacks, names, strict=True)
-        ]
-    merge.announce(f"{names[0]}, and {len(groups) - 1} more on Ray, each", groups[0], initial)
-    return _on_ray(merge, groups, initial)
+    """Merge each group, one after another or on Ray; results in the order of the groups.
+
+    Raises
+    ------
+    UselessMeasures
+        Of all groups: where there is one, the others are looked for before anything is merged.
+    """
+    try:
+        if executor is None or len(groups) == 1:
+            return [
+                merge.run(group, initial, callback, name)
+                for group, callback, name in zip(groups, callbacks, names, strict=True)
+            ]
+        merge.announce(f"{names[0]}, and {len(groups) - 1} more on Ray, each", groups[0], initial)
+        return _on_ray(merge, groups, initial)
+    except UselessMeasures as found:
+        useless = dict(found.why)
+        for group in groups:
+            useless |= merge.useless(group, initial)
+        raise UselessMeasures(useless) from found
 
 
 def _on_ray(

@@ -17,6 +17,7 @@ from fl_wb.barycenter.stage import VERSION, Stage
 from fl_wb.barycenter.teachers import (
     Measure,
     Pool,
+    UselessMeasures,
     displacement_pool,
     mixture_pool,
     pool_size,
@@ -114,13 +115,28 @@ class Merge:
 
         student = self._student(measures, initial)
         once = replace(self, settings=few, store=StageStore())
-        once._trained(measures[:2], student, self._critics(), f"{0:015}", told)
+        try:
+            once._trained(measures[:2], student, self._critics(), f"{0:015}", told)
+        except UselessMeasures as found:
+            raise UselessMeasures(found.why | self.useless(measures, initial)) from found
         step, distilled = ((end[-1] - end[0]) / (len(end) - 1) if end[1:] else 0.0 for end in ends)
         training = settings.training
         warmup = training.warmup / training.critic_steps if training.iterations else 0
         return distilled * (settings.iterations - training.iterations) + step * (
             training.iterations + warmup
         )
+
+    def useless(
+        self, measures: Sequence[Measure], initial: nn.Module | None = None
+    ) -> dict[str, str]:
+        """Return why measures are of no use, by digest: of all that a stage of them would find."""
+        rng = torch.Generator(self.device).manual_seed(self.seed)
+        try:
+            student = self._student(measures, initial)
+            self._pool([self._on_device(measure) for measure in measures], rng, student)
+        except UselessMeasures as found:
+            return found.why
+        return {}
 
     def announce(self, name: str, measures: Sequence[Measure], initial: nn.Module | None) -> None:
         """Log how long a stage will train, unless it is over in no time."""
@@ -168,9 +184,9 @@ class Merge:
         seed, settings = int(key[:15], 16), self.settings
         start = self.store.checkpoint(f"{key}-start")
         training = self.store.checkpoint(key)
-        learning(student)
         rng = torch.Generator(self.device).manual_seed(seed)
-        pool = self._pool([self._on_device(measure) for measure in measures], rng)
+        pool = self._pool([self._on_device(measure) for measure in measures], rng, student)
+        learning(student)
         if settings.start == "distilled":
             distill(
                 student,
@@ -208,21 +224,21 @@ class Merge:
             measure.labels,
         )
 
-    def _pool(self, measures: Sequence[Measure], rng: torch.Generator) -> Pool:
+    def _pool(self, measures: Sequence[Measure], rng: torch.Generator, student: nn.Module) -> Pool:
         settings = self.settings
         batch = settings.distillation.batch_size
         wanted = max(settings.distillation.iterations * batch, 1)
         if settings.start == "previous":  # then a critic's samples are all that is needed
             wanted = max(settings.training.reals, 1)
         if settings.geodesic != "displacement":
-            return mixture_pool(measures, self.latents, wanted, batch, rng)
+            return mixture_pool(measures, self.latents, wanted, batch, rng, student)
         t = measures[1].weight / (measures[0].weight + measures[1].weight)
         return displacement_pool(measures, t, self.latents, wanted, batch, rng)
 
     def _samples(self, measure: Measure, rng: torch.Generator) -> Sampler:
         generator = measure.generator()
         wanted = min(self.settings.training.reals, CRITICS_POOL)
-        size = pool_size(generator, self.latents.width, wanted, self.device)
+        size = pool_size(measure, generator, self.latents.width, wanted, self.device)
         return resample(samples_of(measure, generator, self.latents.draw(size, rng)))
 
     def _critics(self) -> list[nn.Module]:

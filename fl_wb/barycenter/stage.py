@@ -23,7 +23,7 @@ FEW = 10
 LONGEST = 2.8
 """Times as many iterations as a stage has at most."""
 
-VERSION = 3
+VERSION = 4
 """Of the algorithm: a store's results of another one are not taken for its own."""
 
 

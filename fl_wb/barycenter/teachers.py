@@ -8,12 +8,13 @@ batches. Pairs are drawn once, measure by measure: a generator is alive only mea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from fl_wb.barycenter.alignment import nearest_turn
 from fl_wb.generators.code import Code
 from fl_wb.generators.latents import Latents, frequencies
 from fl_wb.generators.sampling import Labels, in_batches
@@ -34,6 +35,9 @@ weight 1/100 came out with 1.7 times its share by the root, .14 by the share its
 OF_A_BRANCH = 24
 """Pairs in a batch, at least, of each branch of the code: with fewer, an energy distance within it
 says little. Forty sources of digits, with five of each, lost a tenth of their coverage."""
+
+ALIGNED = 2048
+"""Samples, at most, by which a measure is turned towards the student."""
 
 BATCH = 500
 """Latents that a generator is called with at a time."""
@@ -76,16 +80,16 @@ def label_frequencies(
     return found
 
 
-class UselessMeasure(ValueError):
-    """A generator that fails, or makes what nothing can be learned from."""
+class UselessMeasures(ValueError):
+    """Generators that fail, or make what nothing can be learned from: why, by digest."""
 
-    def __init__(self, digest: str, why: str) -> None:
-        super().__init__(digest, why)  # both, so that it can be sent from another process
-        self.digest, self.why = digest, why
+    def __init__(self, why: Mapping[str, str]) -> None:
+        super().__init__(dict(why))
+        self.why = dict(why)
 
     def __str__(self) -> str:
         """Say why."""
-        return self.why
+        return "; ".join(sorted(set(self.why.values())))
 
 
 @dataclass(frozen=True)
@@ -111,35 +115,56 @@ class Pool:
         return self.x[torch.multinomial(self.weight, n, replacement=True, generator=rng)]
 
 
+@torch.no_grad()
 def mixture_pool(
     measures: Sequence[Measure],
     latents: Latents,
     wanted: int,
     batch: int,
     rng: torch.Generator,
+    student: nn.Module,
 ) -> Pool:
     """Draw pairs of the exact mixture, of each measure by a power of its share (`POWER`).
 
     If what is learned of a measure has an error as 1 / pairs, its root would make the mixture's
-    error, sum_k lambda_k / pairs_k, the least. Where there are labels, each has its own mixture:
-    of the measures that have it, by how much of it they have.
+    error, sum_k lambda_k / pairs_k, the least. A measure's latents are turned so that its map is
+    near to what `student`, in eval mode, makes in its cell already (`nearest_turn`). Where there
+    are labels, each has its own mixture: of the measures that have it, by how much of it they have.
+
+    Raises
+    ------
+    UselessMeasures
+        Of all measures that are of no use: many of them cost no more than one.
     """
     code = Code([measure.weight for measure in measures])
     parts_of = [share**POWER for share in code.shares]
     branches = code.branches(max(int(math.log2(batch / OF_A_BRANCH)), 0))
     often = [measure.labels or latents.labels for measure in measures]
     parts: list[tuple[Tensor, ...]] = []
-    size = wanted
+    useless: dict[str, str] = {}
     for k, measure in enumerate(measures):
         generator = measure.generator()
-        if not k:
-            size = pool_size(generator, latents.width, wanted, rng.device)
-        n = max(round(size * parts_of[k] / math.fsum(parts_of)), 2)
-        inner = replace(latents, labels=often[k]).draw(n, rng)
-        x = samples_of(measure, generator, inner)
+        try:
+            if not parts:
+                size = pool_size(measure, generator, latents.width, wanted, rng.device)
+            n = max(round(size * parts_of[k] / math.fsum(parts_of)), 2)
+            inner = replace(latents, labels=often[k]).draw(n, rng)
+            z = _embedded(code, k, inner, latents, often)
+            if latents.plain and not useless:
+                some = inner[:ALIGNED]
+                made = samples_of(measure, generator, some)
+                # the student is a copy of the first measure's generator, or has been checked
+                there = samples_of(measures[0], student, z[:ALIGNED])
+                inner = inner @ nearest_turn(some, made, there).T
+            x = samples_of(measure, generator, inner)
+        except UselessMeasures as found:
+            useless |= found.why
+            continue
         branch = branches[k].to(x.device).expand(len(x))
         weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
-        parts.append((_embedded(code, k, inner, latents, often), x, branch, weight))
+        parts.append((z, x, branch, weight))
+    if useless:
+        raise UselessMeasures(useless)
     return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -168,7 +193,7 @@ def displacement_pool(
 ) -> Pool:
     """Draw pairs of McCann's interpolation of two measures, coupled batch by batch."""
     one, other = (measure.generator() for measure in measures)
-    size = pool_size(one, latents.width, wanted, rng.device)
+    size = pool_size(measures[0], one, latents.width, wanted, rng.device)
     parts: list[tuple[Tensor, Tensor]] = []
     for n in [batch] * math.ceil(size / batch):
         z = latents.draw(n, rng)
@@ -185,20 +210,23 @@ def samples_of(measure: Measure, generator: nn.Module, z: Tensor) -> Tensor:
 
     Raises
     ------
-    UselessMeasure
+    UselessMeasures
         If it fails, or makes samples that are not finite.
     """
     try:
         x = torch.cat([generator(part) for part in in_batches(z, BATCH)])
-    except (RuntimeError, ArithmeticError, ValueError) as error:
-        raise UselessMeasure(measure.digest, f"the generator fails to generate: {error}") from error
+    except Exception as error:  # what a stranger's numbers do inside a network, nobody knows
+        why = f"the generator fails to generate: {error}"
+        raise UselessMeasures({measure.digest: why}) from error
     if not x.isfinite().all():
-        raise UselessMeasure(measure.digest, "the generator makes samples that are not finite")
+        raise UselessMeasures({measure.digest: "the generator makes samples that are not finite"})
     return x
 
 
-@torch.no_grad()
-def pool_size(generator: nn.Module, width: int, wanted: int, device: torch.device) -> int:
-    """Return how many pairs of a generator's samples are drawn: no more than fit a pool."""
-    bytes_each = 4 * (width + generator(torch.zeros(2, width, device=device))[0].numel())
+def pool_size(
+    measure: Measure, generator: nn.Module, width: int, wanted: int, device: torch.device
+) -> int:
+    """Return how many pairs of a measure's samples are drawn: no more than fit a pool."""
+    sample = samples_of(measure, generator, torch.zeros(2, width, device=device))[0]
+    bytes_each = 4 * (width + sample.numel())
     return max(min(wanted, PAIRS, BYTES // int(bytes_each)), 1)

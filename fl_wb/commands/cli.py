@@ -16,30 +16,21 @@ from statistics import fmean
 
 import hydra
 import torch
-
-# Private, as of Hydra 1.3: what `hydra.main` itself parses, here before it starts anything.
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import to_absolute_path
 from omegaconf import DictConfig
 
-from fl_wb.app.config import (
-    CONF,
-    SEARCH,
-    Config,
-    ConfigError,
-    check_absolute,
-    checked,
-    compose,
-    to_run_config,
-)
-from fl_wb.app.overrides import parse
-from fl_wb.commands.launcher import RunFailed, launch, submit
+from fl_wb.app.config import CONF, SEARCH, check_absolute, checked, compose, to_run_config
+from fl_wb.app.factories import factories
+from fl_wb.app.overrides import ConfigError, parse
+from fl_wb.app.schema import Config
+from fl_wb.commands.launcher import launch, submit
+from fl_wb.commands.superlink import RunFailed
 from fl_wb.data import datasets
 from fl_wb.data.readers import DataError
-from fl_wb.generators.networks import make_critic, make_generator
 from fl_wb.metrics import inception_features
+from fl_wb.private_apis import hydra_arguments
 from fl_wb.reporting.tables import summary_table
 
 # What the runs of one command came to (Hydra's own return values end with the first failure).
@@ -49,7 +40,7 @@ _failures: list[str] = []
 
 def main() -> None:
     """Run the command line interface."""
-    arguments = get_args_parser().parse_args()
+    arguments = hydra_arguments().parse_args()
     if arguments.config_path:
         sys.exit("fl-wb: --config-path is FL-WB's own; --config-dir=FOLDER adds one of yours")
     try:
@@ -182,12 +173,11 @@ def check(config: Config) -> None:
             return
     else:
         _check_machine(config)
-    shape, network = datasets.image_shape(config.data), config.network
+    generator, critic = factories(config)
     try:
-        make_generator(network.generator, shape, latent_dim=network.latent_dim, width=network.width)
-        make_critic(network.critic, shape, width=network.width)
+        generator(), critic()
     except ValueError as error:
-        raise ConfigError(f"network.generator={network.generator!r}: {error}") from error
+        raise ConfigError(f"network.generator={config.network.generator!r}: {error}") from error
 
 
 def _check_machine(config: Config) -> None:

@@ -13,28 +13,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import sysconfig
-import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from fl_wb.commands.watchdog import end, watched
+from fl_wb.commands.superlink import RunFailed, environment_of, flower_home, own_superlink
 
-STARTUP_SECONDS = 60.0
 STATUS_SECONDS = 30.0
-ATTEMPTS = 3  # another program may take the free port before the SuperLink does
-LONGEST = 24  # bytes: a Unix socket's path has 107, and Ray's below a home in this folder 83 more
-LOOPBACK = ("127.0.0.1", "localhost")
 EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Killed)\b")
 
 # The bundle that Flower hands to server and clients holds no code: simulated nodes share this
@@ -58,10 +48,6 @@ config = ""
 overrides = ""
 output = ""
 """
-
-
-class RunFailed(RuntimeError):
-    """A run that could not be started or did not complete; the text says what Flower said."""
 
 
 def launch(
@@ -92,17 +78,13 @@ def launch(
     RunFailed
         If the run did not complete.
     """
-    with _home() as home, _interruptible():
-        environment = _environment(home)
-        with _superlink(home, environment, log):
-            folder = _own_app(home) if app is None else app
-            settings = _settings(home, run_config)
+    with flower_home() as home, _interruptible():
+        environment = environment_of(home)
+        with own_superlink(home, environment, log):
             size = f"num-supernodes={nodes} client-resources-num-cpus=1"
             if gpus:
                 size += f" client-resources-num-gpus={gpus}"
-            command = ["flwr", "run", str(folder), "--stream", "--run-config", settings]
-            run_id, cause = _stream([*command, "--federation-config", size], environment)
-            _check_completed(run_id, cause, environment)
+            _run(run_config, app, home, environment, [], ["--federation-config", size])
 
 
 def submit(run_config: Mapping[str, str], superlink: str, *, app: Path | None = None) -> None:
@@ -112,37 +94,44 @@ def submit(run_config: Mapping[str, str], superlink: str, *, app: Path | None = 
 
     Parameters
     ----------
-    run_config : mapping of str to str
-        The values of Flower's run config.
+    run_config, app
+        As in `launch`; FL-WB itself is then to be installed on the SuperLink's machine and the
+        nodes.
     superlink : str
         Name of a connection in Flower's own configuration (``flwr config list``).
-    app : path, optional
-        Folder of the app; by default FL-WB itself, which the SuperLink's machine and the nodes
-        then need to have installed.
 
     Raises
     ------
     RunFailed
         If the run did not complete.
     """
-    with _home() as home, _interruptible():
-        environment = _environment(home)
+    with flower_home() as home, _interruptible():
+        environment = environment_of(home)
         del environment["FLWR_HOME"]  # the connection stands in the user's
         environment |= {k: v for k, v in os.environ.items() if k == "FLWR_HOME"}
-        folder = _own_app(home) if app is None else app
-        command = ["flwr", "run", str(folder), superlink, "--stream"]
-        settings = _settings(home, run_config)
-        run_id, cause = _stream([*command, "--run-config", settings], environment)
-        _check_completed(run_id, cause, environment, superlink)
+        _run(run_config, app, home, environment, [superlink])
 
 
-def _settings(home: Path, run_config: Mapping[str, str]) -> str:
-    """Write a run config to a file that `flwr run` reads."""
-    settings = home / "run.toml"
+def _run(
+    run_config: Mapping[str, str],
+    app: Path | None,
+    home: Path,
+    environment: dict[str, str],
+    superlink: list[str],
+    options: Sequence[str] = (),
+) -> None:
+    """Run an app as `flwr run` does, and see to the end of it."""
     # A JSON string is a TOML string; `--run-config key="..."` could hold no quotation mark.
     lines = [f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in run_config.items()]
+    settings = home / "run.toml"
     settings.write_text("".join(lines), encoding="utf-8")
-    return str(settings)
+    if app is None:
+        app = home / "app"
+        app.mkdir()
+        (app / "pyproject.toml").write_text(APP, encoding="utf-8")
+    command = ["flwr", "run", str(app), *superlink, "--stream", "--run-config", str(settings)]
+    run_id, cause = _stream([*command, *options], environment)
+    _check_completed(run_id, cause, environment, superlink)
 
 
 def _stream(command: list[str], environment: dict[str, str]) -> tuple[str, str]:
@@ -191,7 +180,9 @@ class _Cause:
             self.text = line.strip()
 
 
-def _check_completed(run_id: str, cause: str, environment: dict[str, str], *superlink: str) -> None:
+def _check_completed(
+    run_id: str, cause: str, environment: dict[str, str], superlink: Sequence[str]
+) -> None:
     """Raise unless Flower lists the run as completed (`flwr run --stream` itself exits with 0)."""
     deadline = time.monotonic() + STATUS_SECONDS
     while True:
@@ -221,107 +212,6 @@ def _last_words(text: str) -> str:
     with suppress(ValueError, LookupError, TypeError):
         text = str(json.loads(text)["error-message"])
     return text.strip().rpartition("\n")[2]
-
-
-@contextmanager
-def _home() -> Iterator[Path]:
-    """Make a temporary Flower home: connection, unpacked bundle, run config, Ray's sockets."""
-    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(os.fsencode(parent)) > LONGEST:
-        parent = "/tmp"
-    home = Path(tempfile.mkdtemp(prefix="fl-wb-", dir=parent))
-    with watched(home):
-        yield home
-
-
-def _own_app(home: Path) -> Path:
-    folder = home / "app"
-    folder.mkdir()
-    (folder / "pyproject.toml").write_text(APP, encoding="utf-8")
-    return folder
-
-
-def _environment(home: Path) -> dict[str, str]:
-    """Return the environment of Flower's processes."""
-    # They start each other by name, also where this environment's scripts are not on the PATH.
-    scripts = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
-    inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}  # a cluster's, not ours
-    return (
-        inherited
-        | _no_proxy()
-        | {
-            "FLWR_HOME": str(home),
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "FLWR_TELEMETRY_ENABLED": os.environ.get("FLWR_TELEMETRY_ENABLED", "0"),
-            "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", os.defpath)]),
-            "PYTHONUNBUFFERED": "1",
-            "RAY_DEDUP_LOGS": "0",  # nodes' lines of progress are alike, and all wanted
-            # Ray would otherwise hide GPUs from nodes that claim none, and warn about it each time.
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "RAY_TMPDIR": str(home),
-        }
-    )
-
-
-def _no_proxy() -> dict[str, str]:
-    """Return the variables that keep what is on this machine from its proxy, for HTTP and gRPC."""
-    found = (os.environ.get(name) for name in ("no_grpc_proxy", "no_proxy", "NO_PROXY"))
-    hosts = [host.strip() for text in found if text for host in text.split(",") if host.strip()]
-    text = "*" if "*" in hosts else ",".join(dict.fromkeys([*hosts, *LOOPBACK]))
-    return dict.fromkeys(("no_grpc_proxy", "no_proxy", "NO_PROXY"), text)
-
-
-@contextmanager
-def _superlink(home: Path, environment: dict[str, str], log: Path) -> Iterator[None]:
-    """Keep a SuperLink for simulations running, and name it as this Flower home's default."""
-    program = shutil.which("flower-superlink", path=environment["PATH"])
-    if program is None:
-        raise RunFailed("flower-superlink is not installed; install flwr[simulation]")
-    for _ in range(ATTEMPTS):
-        port = _free_port()
-        with log.open("ab") as sink:
-            process = subprocess.Popen(
-                [
-                    *(program, "--insecure", "--simulation", "--host", "127.0.0.1"),
-                    *("--port", str(port), "--disable-runtime-dependency-installation"),
-                ],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=sink,
-                start_new_session=True,
-            )
-        try:
-            if _healthy(process, port):
-                (home / "config.toml").write_text(
-                    '[superlink]\ndefault = "own"\n\n[superlink.own]\n'
-                    f'address = "127.0.0.1:{port}"\ninsecure = true\n',
-                    encoding="utf-8",
-                )
-                yield
-                return
-        finally:
-            end(home)
-            process.kill()  # for a system that shows no process's environment
-            process.wait()
-    raise RunFailed(f"the SuperLink did not start; see {log}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _healthy(process: subprocess.Popen[bytes], port: int) -> bool:
-    """Wait until a SuperLink answers; False if it ended or stays silent."""
-    deadline = time.monotonic() + STARTUP_SECONDS
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while process.poll() is None and time.monotonic() < deadline:
-        with suppress(OSError), direct.open(f"http://127.0.0.1:{port}/health", timeout=1):
-            return process.poll() is None
-        time.sleep(0.1)
-    return False
 
 
 @contextmanager

@@ -32,35 +32,25 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in LITTER
 
 
-def read_picture_folder(root: Path) -> tuple[Bytes, Labels]:
-    """Read a folder of class folders of pictures, in any form that Pillow decodes.
-
-    Pictures in folders below a class folder are of its class. Folders named by different numbers
-    have these as classes; otherwise the classes count the folder names in order. Hidden files and
-    what file managers leave are passed over; any other file that is no picture is left out with a
-    warning.
-
-    Returns
-    -------
-    tuple[Bytes, Labels]
-        Images (n, c, h, w), with one channel if all are grey and three otherwise, and labels (n,).
-
-    Raises
-    ------
-    DataError
-        If a folder is empty, a picture cannot be read, sizes differ, or a class's number is beyond
-        64 bits.
-    """
-    return _read(root, _classes(root))
-
-
 def read_picture_folders(root: Path) -> list[tuple[Bytes, Labels]]:
     """Read class folders of pictures, or a training and a test folder of class folders.
 
+    In any form that Pillow decodes. Pictures in folders below a class folder are of its class.
+    Folders named by different numbers have these as classes; otherwise the classes count the folder
+    names in order. Hidden files and what file managers leave are passed over; any other file that
+    is no picture is left out with a warning.
+
+    Returns
+    -------
+    list[tuple[Bytes, Labels]]
+        Of each part, images (n, c, h, w), with one channel if all are grey and three otherwise, and
+        labels (n,).
+
     Raises
     ------
     DataError
-        As `read_picture_folder`, and if the two differ in their classes or sizes.
+        If a folder is empty, a picture cannot be read, sizes differ, a class's number is beyond 64
+        bits, or the two parts differ in their classes or sizes.
     """
     roots = part_folders(root)
     classes = _classes(roots[0])
@@ -90,7 +80,7 @@ def picture_shape(root: Path) -> tuple[int, int, int]:
     Raises
     ------
     DataError
-        As `read_picture_folder`.
+        As `read_picture_folders`.
     """
     paths = [
         path

@@ -67,24 +67,10 @@ def deal(
     per_source: int,
     seed: int,
 ) -> list[Piles]:
-    """Deal images to the sources.
+    """Deal what there is to the sources, as the settings of `fl_wb.data.datasets.DataConfig` say.
 
-    Parameters
-    ----------
-    rest : Piles
-        What there is.
-    partition : str
-        One of `PARTITIONS`.
-    sources : sequence of sequence of int
-        Classes of each source, for "classes".
-    number : int
-        Sources of all other partitions.
-    alpha : float
-        Of "dirichlet": the smaller, the more uneven.
-    per_source : int
-        Shards, or classes, of each source for "shards" and "pathological".
-    seed : int
-        Of what is drawn.
+    ``sources`` are the classes of each for "classes", ``number`` is how many there are of all
+    other partitions.
 
     Raises
     ------

@@ -23,7 +23,6 @@ from fl_wb.data.folders import (
     TRAINING,
     is_litter,
     picture_shape,
-    read_picture_folder,
     read_picture_folders,
 )
 from fl_wb.data.pictures import MOST_BYTES, Bytes, DataError, Labels
@@ -38,7 +37,6 @@ __all__ = [
     "read_digits",
     "read_idx",
     "read_idx_folder",
-    "read_picture_folder",
     "read_picture_folders",
 ]
 

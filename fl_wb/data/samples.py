@@ -57,19 +57,17 @@ def read_parts(
     DataError
         If the data are not there or damaged.
     """
-    train, test = _read(name, place, share, *details)
-    return _shuffled(train), _shuffled(test)
-
-
-def _read(name: str, place: str | None, share: float, *details: Any) -> tuple[Samples, Samples]:
     if name == "digits":
-        return _split(_to_samples(*readers.read_digits()), share)
-    if name == "hub":
+        parts = [_to_samples(*readers.read_digits())]
+    elif name == "hub":
         if not place:
             raise DataError("data.name=hub needs data.dataset, its name")
-        return _parts([_to_samples(*part) for part in hub.read_hub(place, *details)], share)
-    read = readers.read_idx_folder if name == "idx" else readers.read_picture_folders
-    return _parts([_to_samples(*part) for part in read(folder_of(name, place))], share)
+        parts = [_to_samples(*part) for part in hub.read_hub(place, *details)]
+    else:
+        read = readers.read_idx_folder if name == "idx" else readers.read_picture_folders
+        parts = [_to_samples(*part) for part in read(folder_of(name, place))]
+    train, test = _split(parts[0], share) if len(parts) == 1 else parts
+    return _shuffled(train), _shuffled(test)
 
 
 def folder_of(name: str, root: str | None) -> Path:
@@ -80,11 +78,6 @@ def folder_of(name: str, root: str | None) -> Path:
     if not folder.is_dir():
         raise DataError(f"data.root={folder} is not a folder")
     return folder
-
-
-def _parts(parts: list[Samples], share: float) -> tuple[Samples, Samples]:
-    """Return training and held-out part, of data that may bring a test part of its own."""
-    return _split(parts[0], share) if len(parts) == 1 else (parts[0], parts[1])
 
 
 def _split(samples: Samples, share: float) -> tuple[Samples, Samples]:

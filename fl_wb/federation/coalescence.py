@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 from flwr.common.logger import log
 from torch import nn
 
-from fl_wb.barycenter import Measure, UselessMeasure
+from fl_wb.barycenter import Measure, UselessMeasures
 from fl_wb.federation.memory import Memory
 from fl_wb.federation.merger import Merger
 from fl_wb.federation.model import Model, State, average
@@ -193,12 +193,14 @@ class Coalescence:
             ]
             try:
                 merged = self._merger.merge(measures, None if self._afresh else self._merged)
-            except UselessMeasure as error:
-                self._drop_measure(error)
-                uploads = [upload for upload in uploads if upload.digest != error.digest]
-            except (FloatingPointError, records.InvalidUpload) as error:
-                log(WARNING, "aggregate_train: the merge failed (%s): the model stays", error)
-                return None
+            except (UselessMeasures, FloatingPointError, records.InvalidUpload) as error:
+                useless = error.why if isinstance(error, UselessMeasures) else {}
+                left = [upload for upload in uploads if upload.digest not in useless]
+                if len(left) == len(uploads):
+                    log(WARNING, "aggregate_train: the merge failed (%s): the model stays", error)
+                    return None
+                self._drop_measures(useless)
+                uploads = left
             else:
                 log(INFO, "aggregate_train: merged in %.1f s", perf_counter() - began)
                 self._last = weights, [upload.key for upload in uploads]
@@ -236,10 +238,10 @@ class Coalescence:
     def _network(self, upload: Upload) -> nn.Module:
         return self._merger.network(self._generator(upload))
 
-    def _drop_measure(self, error: UselessMeasure) -> None:
+    def _drop_measures(self, useless: Mapping[str, str]) -> None:
         for node_id, upload in self.uploads.of_nodes().items():
-            if upload.digest == error.digest:
-                self._drop(node_id, str(error))
+            if upload.digest in useless:
+                self._drop(node_id, useless[upload.digest])
 
     def _drop(self, node_id: int, why: str) -> None:
         say_dropped(node_id, why)

@@ -71,8 +71,8 @@ class Merger:
 
         Raises
         ------
-        UselessMeasure, FloatingPointError, InvalidUpload
-            If nothing comes of it, the first where one of the measures is the cause.
+        UselessMeasures, FloatingPointError, InvalidUpload
+            If nothing comes of it, the first where measures are the cause.
         """
         plain = self.generator()
         network = self._driven(plain)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 
+import torch
 from torch import Tensor, nn
+
+
+def seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Make a network whose initial weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):  # what the caller draws next is none of our business
+        torch.manual_seed(seed)
+        return factory()
 
 
 def copy_of(module: nn.Module) -> nn.Module:

@@ -45,11 +45,6 @@ def like(state: Mapping[str, Tensor], record: ArrayRecord) -> ArrayRecord:
     )
 
 
-def from_tensors(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Put named tensors, e.g. pictures, into an ArrayRecord."""
-    return ArrayRecord(dict(tensors))
-
-
 def to_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
     """Decode named floating tensors of any shape, up to a million numbers each.
 

@@ -9,7 +9,7 @@ looked at what is declared.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
@@ -153,12 +153,11 @@ def pictures(
     shape : sequence of int
         (c, h, w), as the run's generator makes them: no other can be.
     """
-    sent: Mapping[str, object] = content.array_records.get(keys.SAMPLES, ArrayRecord())
     arrays = content.array_records.get(keys.SAMPLES, ArrayRecord())
-    for name in sent:
+    for name, array in arrays.items():
         if name not in steps:
             raise InvalidUpload(f"its pictures {name[:40]!r} are of no step of this run")
-        found = tuple(arrays[name].shape)
+        found = tuple(array.shape)
         if len(found) != 4 or found[1:] != tuple(shape) or not 0 < found[0] <= PICTURES:
             raise InvalidUpload(
                 f"its pictures {name!r} have the shape {str(found[:5])[:60]}, not "

@@ -47,10 +47,8 @@ def outliers(
         One set (n, ...) of each generator, all of one shape.
     threshold : float
         What is further than this many times the typical is far; more than 1.
-    projections : int
-        Random directions of the sliced distance.
-    seed : int
-        Of the directions.
+    projections, seed : int
+        Random directions of the sliced distance, and their seed.
 
     Raises
     ------
@@ -112,34 +110,6 @@ def _scale(samples: Sequence[Tensor]) -> Tensor:
     floor = FLOOR * scale.mean()
     # Where most sets are one and the same point there is no scale, and none is needed.
     return scale.clamp(min=floor) if floor > 0 else torch.ones_like(scale)
-
-
-def sliced_wasserstein(
-    samples: Sequence[Tensor], *, projections: int = 256, seed: int = 0
-) -> Tensor:
-    """Return the sliced W1 distances (k, k) of k sets of equally many samples.
-
-    SW1(mu, nu) is the mean over directions theta of W1 of the projections <theta, x>, which on
-    the line is the mean difference of the sorted values.
-
-    Parameters
-    ----------
-    samples : sequence of Tensor
-        Sets (n, ...) of one shape; flattened to rows.
-    projections : int
-        Random directions, uniform on the sphere.
-    seed : int
-        Of the directions.
-
-    Raises
-    ------
-    ValueError
-        If the sets differ in shape.
-    """
-    _check_shapes(samples)
-    theta = _directions(samples[0][0].numel(), projections, seed)
-    ordered = torch.stack([(_rows(part) @ theta).sort(dim=0).values for part in samples])
-    return torch.stack([(ordered - part).abs().mean(dim=(1, 2)) for part in ordered])
 
 
 def _directions(dimension: int, number: int, seed: int) -> Tensor:

@@ -20,26 +20,9 @@ from torch import Tensor, nn
 
 from fl_wb.generators.latents import Draw
 from fl_wb.generators.sampling import Labels, check_real, driven, generate, generate_rows
-from fl_wb.metrics.features import Features, inception_features, train_features
+from fl_wb.metrics.features import Features
 from fl_wb.metrics.sample_sets import Samples, SampleSet, as_set, kid_kernel, over_pairs, rows_of
 from fl_wb.transport import wasserstein1
-
-__all__ = [
-    "HIGHER_IS_BETTER",
-    "LOWER_IS_BETTER",
-    "Features",
-    "Reference",
-    "compare",
-    "coverage",
-    "density",
-    "energy_distance",
-    "evaluate",
-    "frechet_distance",
-    "inception_features",
-    "kernel_distance",
-    "memorization",
-    "train_features",
-]
 
 LOWER_IS_BETTER = ("w1", "frechet", "kid", "energy")
 HIGHER_IS_BETTER = ("density", "coverage", "memorization", RIGHT := "right-labels", "accuracy")

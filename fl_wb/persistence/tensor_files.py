@@ -80,6 +80,11 @@ def digest(state: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, under the rest of their names."""
+    return {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
+
+
 def fingerprint(network: nn.Module, inputs: Tensor) -> str:
     """SHA-256 (hex) of a network: its state, and what its code makes of these inputs."""
     with torch.no_grad():

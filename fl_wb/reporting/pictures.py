@@ -5,14 +5,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-from fl_wb.persistence.tensor_files import write_atomic
 
 VISIBLE = 32  # pixels that a sample in a grid has at least; 8x8 digits are blown up to it
 GAP = 2
@@ -70,11 +67,6 @@ def sample_grid(samples: Tensor | Mapping[str, Tensor], columns: int = 10) -> by
     file = io.BytesIO()
     canvas.save(file, format="PNG")
     return file.getvalue()
-
-
-def save_grid(path: Path, samples: Tensor | Mapping[str, Tensor], columns: int = 10) -> None:
-    """Write `sample_grid` to a file, atomically."""
-    write_atomic(path, sample_grid(samples, columns))
 
 
 def _pixels(images: Tensor) -> list[np.ndarray]:

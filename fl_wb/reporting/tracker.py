@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,24 +32,12 @@ class Tracker:
     ----------
     output : Path
         The folder; made if it is not there. Events go to ``tensorboard/`` in it.
-
-    Raises
-    ------
-    OSError
-        If the folder cannot be written: better now than at the end of a long run. Once the run is
-        under way, a disk that fails costs pictures and curves, with a warning.
     """
 
     def __init__(self, output: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here: it takes a second
 
         self.output = Path(output)
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.output):
-                pass
-        except OSError as error:
-            raise OSError(f"the output folder {self.output} cannot be written: {error}") from error
         self._events: SummaryWriter | None = None
         self._attempt(
             "TensorBoard events",
@@ -62,24 +49,19 @@ class Tracker:
         self._event(lambda events: events.add_scalar(tag, value, step))
 
     def images(
-        self,
-        tag: str,
-        samples: Tensor | Mapping[str, Tensor],
-        *,
-        columns: int = 10,
-        step: int | None = None,
+        self, tag: str, samples: Tensor | Mapping[str, Tensor], *, columns: int = 10
     ) -> None:
         """Write a grid of samples to ``<tag>.png`` and to TensorBoard; see `sample_grid`."""
-        self.picture(tag, lambda: sample_grid(samples, columns), step=step)
+        self.picture(tag, lambda: sample_grid(samples, columns))
 
-    def picture(self, tag: str, drawn: Callable[[], bytes], *, step: int | None = None) -> None:
+    def picture(self, tag: str, drawn: Callable[[], bytes]) -> None:
         """Write a PNG file to ``<tag>.png`` and to TensorBoard."""
 
         def draw() -> None:
             picture = drawn()
             write_atomic(self.output / f"{tag}.png", picture)
             pixels = np.asarray(Image.open(io.BytesIO(picture)))
-            self._event(lambda events: events.add_image(tag, pixels, step, dataformats="HWC"))
+            self._event(lambda events: events.add_image(tag, pixels, dataformats="HWC"))
 
         self._attempt(f"{tag}.png", draw)
 

@@ -1,4 +1,4 @@
 """Support for tests and benchmarks of Flower apps: a Grid that runs nodes in this process.
 
-Imports nothing of FL-WB.
+Imports `private_apis`.
 """

@@ -14,7 +14,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fl_wb.testing.private_flower import ErrorCode, address, identify, through_the_wire
+from fl_wb.private_apis import ErrorCode, address, identify, through_the_wire
 
 RUN_ID, SUPERLINK = 7, 1
 Fault = Callable[[Message], bool]
@@ -100,20 +100,9 @@ class InProcessGrid(Grid):
             return Message(Error(code, reason), reply_to=message)
         return through_the_wire(reply)
 
-    # What strategies never call:
-    run = property(lambda self: None)
-
-    def set_run(self, run: Any) -> None:
-        """Do nothing: there is one run."""
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Refuse: messages are made by their own constructor."""
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what strategies never call: `send_and_receive` is the one way."""
         raise NotImplementedError
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Refuse: `send_and_receive` is the one way."""
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Refuse: `send_and_receive` is the one way."""
-        raise NotImplementedError
+    run = property(_refuse)
+    set_run = create_message = push_messages = pull_messages = _refuse

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fl_wb.persistence.tensor_files import below
+
 
 class Checkpoint(Protocol):
     """Where a training keeps its state (`fl_wb.persistence.stage_store` has the one on disk)."""
@@ -80,10 +82,10 @@ class TrainingState:
 
     def _take(self, flat: Mapping[str, Tensor]) -> None:
         for name, module in self.modules.items():
-            module.load_state_dict(_below(flat, f"{name}/weight/"))
+            module.load_state_dict(below(flat, f"{name}/weight/"))
         for name, optimizer in self.optimizers.items():
             slots: dict[int, dict[str, Tensor]] = {}
-            for key, value in _below(flat, f"{name}/slot/").items():
+            for key, value in below(flat, f"{name}/slot/").items():
                 index, slot = key.split("/")
                 # cloned: the optimizer keeps and changes what it is given, and a checkpoint in
                 # memory is not a copy
@@ -136,7 +138,7 @@ class Snapshots:
     def save(self, state: dict[str, Tensor]) -> None:
         """Keep the moving average in a training's state."""
         seconds = perf_counter() - self._began
-        self.taken.append((self._done, seconds, _below(state, "average/weight/")))
+        self.taken.append((self._done, seconds, below(state, "average/weight/")))
 
 
 def _check_slots(name: str, optimizer: torch.optim.Optimizer) -> None:
@@ -147,7 +149,3 @@ def _check_slots(name: str, optimizer: torch.optim.Optimizer) -> None:
         for slot, value in slots.items():
             if value.ndim and value.shape != parameter.shape:
                 raise ValueError(f"{slot} of {name} is {tuple(value.shape)}")
-
-
-def _below(flat: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}

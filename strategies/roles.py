@@ -1,0 +1,44 @@
+"""What nodes answer when they are asked for their roles, and whose answer it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flwr.app import Message
+
+from fl_wb.messages import numpy_client
+from fl_wb.messages.keys import BOTH, FORGET, ROLE, ROLES
+from fl_wb.messages.records import InvalidUpload
+from fl_wb.messages.replies import check
+
+
+def node_of(reply: Message, sent: Sequence[Message]) -> int:
+    """Return the node that a reply is from: a dead node's error comes from the SuperLink's id."""
+    for message in sent:
+        if message.metadata.message_id == reply.metadata.reply_to_message_id:
+            return message.metadata.dst_node_id
+    return reply.metadata.src_node_id
+
+
+def wants_forgetting(reply: Message) -> bool:
+    """Return whether a node asks, beside its role, that what it sent be forgotten."""
+    records = () if reply.has_error() else reply.content.config_records.values()
+    return any(record.get(FORGET) is True for record in records)
+
+
+def role_in(reply: Message) -> str:
+    """Return the role in a node's answer, or raise InvalidUpload."""
+    if reply.has_error():
+        reason = str(reply.error.reason)
+        if "No query function" in reason or numpy_client.NO_QUERY in reason:
+            return BOTH
+        raise InvalidUpload(f"asked for its role, it failed: {reason[:200]}")
+    check(reply.content)
+    for record in reply.content.config_records.values():
+        if ROLE in record:
+            if record[ROLE] in ROLES:
+                return str(record[ROLE])
+            raise InvalidUpload(
+                f"its role {str(record[ROLE])[:40]!r} is not one of {', '.join(ROLES)}"
+            )
+    return BOTH
