@@ -70,29 +70,34 @@ class Run:
     seed: int
 
 
-def digits(split: str, nodes: int, seed: int) -> tuple[list[Tensor], Tensor, Reference]:
-    """Return each node's training images, held-out ones, and what compares with these."""
+def everything() -> tuple[Tensor, Tensor]:
+    """Return all digits, as the example has them, and their labels."""
     bunch = load_digits()
     images = torch.tensor(bunch.images, dtype=torch.float32).div(8).sub(1).unsqueeze(1)
-    labels = torch.tensor(bunch.target)
+    return images, torch.tensor(bunch.target)
+
+
+def digits(split: str, nodes: int, seed: int) -> tuple[list[Tensor], Tensor]:
+    """Return each node's training images, and held-out ones, class by class."""
+    images, labels = everything()
     order = labels.argsort(stable=True)
     test = torch.arange(len(order)) % 5 == 0
     held_out, order = images[order[test]], order[~test]
-    reference = Reference(held_out, features=train_features(images, labels))
     if split == "classes":
-        return [images[part] for part in order.tensor_split(nodes)], held_out, reference
+        return [images[part] for part in order.tensor_split(nodes)], held_out
     name, alpha = ("iid", 1.0) if split == "iid" else ("dirichlet", float(split[9:]))
     there = piles(labels[order].numpy(), seed)
     dealt = deal(there, name, [], nodes, alpha=alpha, per_source=1, seed=seed)
     own = [torch.cat([torch.from_numpy(pile) for pile in each.values()]) for each in dealt]
-    return [images[order[part]] for part in own], held_out, reference
+    return [images[order[part]] for part in own], held_out
 
 
 class Federation:
     """The nodes of a run, and what they know of their generators."""
 
     def __init__(self, run: Run) -> None:
-        self.images, self.held_out, self.reference = digits(run.split, run.nodes, run.seed)
+        self.images, self.held_out = digits(run.split, run.nodes, run.seed)
+        self.reference = Reference(self.held_out, features=train_features(*everything()))
         self.latest: dict[int, nn.Module] = {}  # of each node that has trained
         self.app, self.ended, self.rounds = ClientApp(), 0.0, list[dict[str, float]]()
 
