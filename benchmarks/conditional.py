@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.quality import DRAWS, OVERLAPPING, Bench, Table, timed
 from fl_wb.adaptation import adapt
 from fl_wb.barycenter import recursive_barycenter
-from fl_wb.clients.source import train_source
+from fl_wb.clients.training import train_source
 from fl_wb.data import datasets
 from fl_wb.generators.networks import make_generator
 from fl_wb.generators.sampling import generate

@@ -56,14 +56,14 @@ DRAWS = 5
 
 
 class Bench:
-    """One configuration and seed: its data, networks, sources and yardstick."""
+    """One configuration and seed: its data, networks, sources and a target's yardstick."""
 
-    def __init__(self, overrides: str, seed: int) -> None:
+    def __init__(self, overrides: str, seed: int, target: int = 0) -> None:
         self.config: Config = compose(f"{overrides} seed={seed} data.seed={seed}")
         data, network = self.config.data, self.config.network
         self.everything, held_out = datasets.load(data)
-        self.held_out = datasets.held_out(data, data.targets[0]).images
-        self.few = datasets.target_samples(data, 0).images
+        self.held_out = datasets.held_out(data, data.targets[target]).images
+        self.few = datasets.target_samples(data, target).images
         self.features = train_features(self.everything.images, self.everything.labels)
         self.reference = Reference(self.held_out, few=self.few, features=self.features)
         shape = tuple(held_out.images.shape[1:])

@@ -4,9 +4,8 @@
     python -m benchmarks.scale [overrides] --nodes 2 10 64 1000
 
 K sources of digits of one class each (of two sources, five each; of more than ten, two each),
-trained as shipped;
-their barycenter in one stage and, with --chain, in K - 1 (`fan_in=2`), against held-out digits and
-beside the exact pool of the sources. Figures are means of five draws, given as mean and standard
+trained as shipped; their barycenter in one stage and, with --chain, in K - 1 (`fan_in=2`), against
+held-out digits and beside the exact pool of the sources. Figures are means of five draws, given as mean and standard
 deviation over the seeds; ratios are to the pool's. `least` and `most` are the smallest and the
 largest share of a source in the barycenter's samples (by the nearest of all sources' samples),
 over its weight. Seconds are of one core's time (`time.process_time`, one thread).

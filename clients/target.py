@@ -135,7 +135,7 @@ def target_evaluate(
     judge = _Judge(settings, Reference(held_out, few=few, features=features), len(held_out), seed)
     steps = {"few": judge.of_real(few)}
     if settings.bank:
-        pool = generate(made.start, POOL, seed=seed)
+        pool = generate(driven(made.start, labels=counts), POOL, seed=seed)
         steps["bank"] = judge.of_real(variation_bank(few, pool, seed=seed))
     for step, network in networks.items():
         began = perf_counter()

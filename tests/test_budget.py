@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from fl_wb.barycenter import Stage, recursive_barycenter
+from fl_wb.generators.sampling import generate
 from fl_wb.training.distillation import Distillation
 from fl_wb.training.wgan import Training
 from tests.points import Gaussian, critic, same
@@ -91,3 +93,14 @@ def test_a_budget_that_is_enough_changes_nothing(tmp_path: Path) -> None:
 def test_a_budget_is_seconds() -> None:
     with pytest.raises(ValueError, match="budget=0 must be more than 0"):
         merge(201, budget=0)
+
+
+def test_the_quick_stage_draws_fewer_pairs(caplog: pytest.LogCaptureFixture) -> None:
+    quick, usual = (s.distillation for s in (Stage.quick(), Stage()))
+    assert quick.iterations * quick.batch_size < usual.iterations * usual.batch_size / 5
+    nu = recursive_barycenter([Gaussian((0.0, 0.0)), Gaussian((1.0, 0.0))], stage=Stage.quick())
+
+    assert "(2,500 iterations)" in caplog.text
+    torch.testing.assert_close(
+        generate(nu, 4000).mean(0), torch.tensor([0.5, 0.0]), atol=0.05, rtol=0
+    )

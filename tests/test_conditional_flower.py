@@ -19,7 +19,7 @@ from fl_wb.clients.source import source_train
 from fl_wb.clients.target import target_evaluate
 from fl_wb.generators.networks import make_critic, make_generator
 from fl_wb.generators.sampling import generate
-from fl_wb.metrics import train_features
+from fl_wb.metrics import Evaluation, train_features
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
 from fl_wb.training.distillation import Distillation
@@ -282,12 +282,14 @@ def test_a_target_reports_right_labels_and_what_augmentation_is_worth() -> None:
             adaptation=ADAPTATION,
             ternarization=TERNARIZATION,
             features=features,
+            evaluation=Evaluation(bank=True),
         )
         return Message(content, reply_to=message)
 
     figures = dict(ask(app, "evaluate", seeded()).metric_records["metrics"])
     for step in ("barycenter", "adapted", "ternary"):
         assert 0 <= figures[f"{step}/right-labels"] <= 1
+    assert figures["bank/energy"] > 0
     assert figures["few/accuracy"] > 0.9
     assert figures["real/accuracy"] > 0.9
     assert {name for name in figures if name.endswith("accuracy")} == {

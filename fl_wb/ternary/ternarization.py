@@ -130,8 +130,7 @@ def ternarize(
     -------
     nn.Module
         A plain module of the same architecture, in eval mode: each ternarized weight, frozen or
-        not, holds
-        -alpha, 0 and alpha, or sums of these of several alphas, and nothing else.
+        not, holds -alpha, 0 and alpha, or sums of these of several alphas, and nothing else.
 
     Raises
     ------
