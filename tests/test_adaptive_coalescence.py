@@ -362,9 +362,9 @@ class Mined(nn.Module):
         return samples + (self.mine * (z[:, :1] > 3.3) * 1e38) * 1e38
 
 
-@pytest.mark.parametrize("mined", [{12}, {11, 13, 14}])
+@pytest.mark.parametrize(("nodes", "mined"), [(1, {11}), (5, {12}), (5, {11, 13, 14})])
 def test_uploads_that_spoil_the_merge_are_dropped_at_once_and_the_rest_is_merged(
-    mined: set[int], caplog: pytest.LogCaptureFixture
+    nodes: int, mined: set[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     # Prepare
     caplog.set_level(logging.INFO, "flwr")
@@ -380,21 +380,25 @@ def test_uploads_that_spoil_the_merge_are_dropped_at_once_and_the_rest_is_merged
         return reply(message, ArrayRecord(dict(network.state_dict())))
 
     stage = replace(STAGE, distillation=Distillation(iterations=700, batch_size=128))
-    coalescence = AdaptiveCoalescence(generator=Mined, stage=stage)
+    minima = dict.fromkeys(("min_available_nodes", "min_train_nodes", "min_evaluate_nodes"), 1)
+    coalescence = AdaptiveCoalescence(generator=Mined, stage=stage, **minima)
 
     # Execute
     result = coalescence.start(
-        grid=InProcessGrid(made, nodes=5),
+        grid=InProcessGrid(made, nodes=nodes),
         initial_arrays=ArrayRecord(dict(Mined().state_dict())),
         num_rounds=1,
     )
 
     # Assert
     metrics = result.train_metrics_clientapp[1]
-    assert (metrics["uploads-merged"], metrics["uploads-dropped"]) == (5 - len(mined), len(mined))
-    assert result.arrays
+    assert (metrics["uploads-merged"], metrics["uploads-dropped"]) == (
+        nodes - len(mined),
+        len(mined),
+    )
+    assert bool(result.arrays) == (nodes > len(mined))
     begun = [r.args[0] for r in caplog.records if "merging %d generators" in str(r.msg)]
-    assert begun == [5, 5 - len(mined)]  # many cost no more than one
+    assert begun == [n for n in (nodes, nodes - len(mined)) if n]  # many cost no more than one
 
 
 def test_a_merge_that_no_upload_spoils_leaves_the_model_where_its_own_samples_do(

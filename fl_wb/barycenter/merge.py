@@ -19,6 +19,7 @@ from fl_wb.barycenter.teachers import (
     Pool,
     UselessMeasures,
     displacement_pool,
+    look_at,
     mixture_pool,
     pool_size,
     samples_of,
@@ -171,6 +172,12 @@ class Merge:
     def placed(self, generator: nn.Module) -> nn.Module:
         """Copy a generator to the device, in the mode in which it is sampled."""
         return copy_of(generator).to(self.device).eval()
+
+    def alone(self, measure: Measure) -> nn.Module:
+        """Return the generator of a measure that no stage merges, looked at as a stage would."""
+        generator = self.placed(measure.generator())
+        look_at(measure, generator, self.latents, self.device, self.seed)
+        return generator
 
     def _trained(
         self,

@@ -193,8 +193,9 @@ def barycenter_of(
             often = mixed([(m.weight, m.labels) for m in group], merge.latents.labels)
             after.append(Measure.of(nu, weight, labels=often))
         measures = after
-    if keys:
-        merge.store.keep_only(keys)
+    if not keys:
+        return merge.alone(measures[0])
+    merge.store.keep_only(keys)
     return merge.placed(measures[0].generator())
 
 

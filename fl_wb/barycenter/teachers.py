@@ -230,3 +230,12 @@ def pool_size(
     sample = samples_of(measure, generator, torch.zeros(2, width, device=device))[0]
     bytes_each = 4 * (width + sample.numel())
     return max(min(wanted, PAIRS, BYTES // int(bytes_each)), 1)
+
+
+def look_at(
+    measure: Measure, generator: nn.Module, latents: Latents, device: torch.device, seed: int
+) -> None:
+    """Raise UselessMeasures if a measure is of no use, by as many samples as a pool has."""
+    size = pool_size(measure, generator, latents.width, PAIRS, device)
+    rng = torch.Generator(device).manual_seed(seed)
+    samples_of(measure, generator, latents.draw(size, rng))
