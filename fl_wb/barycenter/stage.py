@@ -71,7 +71,7 @@ class Stage(Settings):
         """Return settings for convolutional generators of image-sized samples: small batches.
 
         A step of these takes as long as its batch is large, and they learn by steps: batches of
-        32 made a better generator of 3x32x32 in a third of the time (``benchmarks.image_stages``).
+        32 made a better generator of 3x32x32 in less time (``benchmarks.image_stages``).
         """
         return cls(distillation=Distillation(iterations=2500, batch_size=32, lr=1e-2))
 
