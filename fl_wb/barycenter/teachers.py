@@ -150,12 +150,8 @@ def mixture_pool(
             n = max(round(size * parts_of[k] / math.fsum(parts_of)), 2)
             inner = replace(latents, labels=often[k]).draw(n, rng)
             z = _embedded(code, k, inner, latents, often)
-            if latents.plain and not useless:
-                some = inner[:ALIGNED]
-                made = samples_of(measure, generator, some)
-                # the student is a copy of the first measure's generator, or has been checked
-                there = samples_of(measures[0], student, z[:ALIGNED])
-                inner = inner @ nearest_turn(some, made, there).T
+            if latents.law == "normal" and not useless:
+                inner = _turned(measure, generator, inner, latents.dim, student, z)
             x = samples_of(measure, generator, inner)
         except UselessMeasures as found:
             useless |= found.why
@@ -166,6 +162,20 @@ def mixture_pool(
     if useless:
         raise UselessMeasures(useless)
     return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _turned(
+    measure: Measure, generator: nn.Module, inner: Tensor, dim: int, student: nn.Module, z: Tensor
+) -> Tensor:
+    """Turn a measure's rows so that its map is near to what the student makes at rows z."""
+    some = inner[:ALIGNED]
+    made = samples_of(measure, generator, some)
+    try:
+        there = _in_batches(student, z[:ALIGNED])
+    except Exception:  # a stranger's, too, where it starts as the first measure's generator
+        return inner
+    turn = nearest_turn(some[:, :dim], made, there)
+    return torch.cat([inner[:, :dim] @ turn.T, inner[:, dim:]], 1)
 
 
 def _embedded(
@@ -214,13 +224,17 @@ def samples_of(measure: Measure, generator: nn.Module, z: Tensor) -> Tensor:
         If it fails, or makes samples that are not finite.
     """
     try:
-        x = torch.cat([generator(part) for part in in_batches(z, BATCH)])
+        x = _in_batches(generator, z)
     except Exception as error:  # what a stranger's numbers do inside a network, nobody knows
         why = f"the generator fails to generate: {error}"
         raise UselessMeasures({measure.digest: why}) from error
     if not x.isfinite().all():
         raise UselessMeasures({measure.digest: "the generator makes samples that are not finite"})
     return x
+
+
+def _in_batches(generator: nn.Module, z: Tensor) -> Tensor:
+    return torch.cat([generator(part) for part in in_batches(z, BATCH)])
 
 
 def pool_size(
