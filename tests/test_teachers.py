@@ -160,28 +160,3 @@ def test_a_student_that_makes_nothing_turns_nothing_and_is_no_measures_fault(
     pool = mixture_pool(measures, Latents(4), 1000, 200, rng(0), student)
     with torch.no_grad():
         torch.testing.assert_close(pool.x, Mixture(sources).eval()(pool.z))
-
-
-class Labelled(nn.Module):
-    """A map of the latent, far away for each further label."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, rows: Tensor) -> Tensor:
-        made: Tensor = self.inner(rows[:, :4]) + 100 * rows[:, 4:]
-        return made
-
-
-def test_rows_with_labels_are_turned_but_for_their_labels() -> None:
-    law, student = Latents(4, labels=(0.5, 0.5)), Labelled(Waves(torch.eye(4)))
-    measures = [Measure.of(Labelled(Waves(side)), 1.0) for side in (torch.eye(4), turn(3))]
-    pool, unturned = (
-        mixture_pool(measures, law, 10_000, 200, rng(0), start)
-        for start in (student, Failing((0.0, 0.0)))
-    )
-    assert pool.z.equal(unturned.z)
-    assert (pool.x - 100 * pool.z[:, 4:]).abs().max() < 10
-    away, was = ((each.x - student(each.z)).abs().mean() for each in (pool, unturned))
-    assert away < 0.9 * was

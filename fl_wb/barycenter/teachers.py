@@ -150,8 +150,8 @@ def mixture_pool(
             n = max(round(size * parts_of[k] / math.fsum(parts_of)), 2)
             inner = replace(latents, labels=often[k]).draw(n, rng)
             z = _embedded(code, k, inner, latents, often)
-            if latents.law == "normal" and not useless:
-                inner = _turned(measure, generator, inner, latents.dim, student, z)
+            if latents.plain and not useless:
+                inner = _turned(measure, generator, inner, student, z)
             x = samples_of(measure, generator, inner)
         except UselessMeasures as found:
             useless |= found.why
@@ -165,17 +165,16 @@ def mixture_pool(
 
 
 def _turned(
-    measure: Measure, generator: nn.Module, inner: Tensor, dim: int, student: nn.Module, z: Tensor
+    measure: Measure, generator: nn.Module, inner: Tensor, student: nn.Module, z: Tensor
 ) -> Tensor:
-    """Turn a measure's rows so that its map is near to what the student makes at rows z."""
+    """Turn a measure's latents so that its map is near to what the student makes at latents z."""
     some = inner[:ALIGNED]
     made = samples_of(measure, generator, some)
     try:
         there = _in_batches(student, z[:ALIGNED])
     except Exception:  # a stranger's, too, where it starts as the first measure's generator
         return inner
-    turn = nearest_turn(some[:, :dim], made, there)
-    return torch.cat([inner[:, :dim] @ turn.T, inner[:, dim:]], 1)
+    return inner @ nearest_turn(some, made, there).T
 
 
 def _embedded(
