@@ -158,7 +158,7 @@ def test_mutated_files_of_all_forms_are_read_or_refused(tmp_path: Path) -> None:
     outcomes = dict.fromkeys(islice(fuzz.attack(tmp_path, random.Random(2)), 1500))
     refused = {name for name, was_read in outcomes if not was_read}
     assert {"packed-tern", "stage-safetensors", "upload-npy", "images-idx3-ubyte"} < refused
-    assert {name for name, was_read in outcomes if was_read} > {"rgb-png", "upload-npy"}
+    assert len({name for name, was_read in outcomes if was_read}) > 20
     assert fuzz.memory() - before < 600e6
 
 

@@ -14,7 +14,7 @@ from tests.toys import STAGE
 
 @pytest.mark.parametrize("split", rounds.SPLITS)
 def test_every_digit_is_one_nodes_or_held_out(split: str) -> None:
-    images, held_out, _ = rounds.digits(split, 4, seed=10)
+    images, held_out = rounds.digits(split, 4, seed=10)
 
     assert len(held_out) == 360
     everything = torch.cat([*images, held_out]).flatten(1)
