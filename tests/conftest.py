@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -15,6 +17,14 @@ from filelock import FileLock
 from tests.fresh import copy_repository, make_environment
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Begin each test, its fixtures included, in one random state: no test hangs on those before."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(scope="session")
