@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Begin each test, its fixtures included, in one random state: no test hangs on those before."""
+    """Begin each test, fixtures included, in one random state: none hangs on those before it."""
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
