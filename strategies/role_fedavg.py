@@ -28,7 +28,7 @@ from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 from fl_wb.private_apis import aggregate_metricrecords, sample_nodes
 from fl_wb.strategies.metrics import averageable
-from fl_wb.strategies.roles import node_of, role_in, wants_forgetting
+from fl_wb.strategies.roles import addressees, node_of, role_in, wants_forgetting
 
 ROLE_TIMEOUT = 60.0  # seconds; a fresh client process has to import torch before it can answer
 
@@ -88,7 +88,7 @@ class RoleFedAvg(FedAvg):
         self._roles: dict[int, str] = {}
         self._arrays = ArrayRecord()  # the round's model
         self._sent: list[Message] = []
-        self._connected: list[int] = []
+        self._connected = set[int]()  # thousands, perhaps: looked up for each upload
         self._strikes: Counter[int] = Counter()  # rounds in a row whose upload was dropped
         self._patience: int | None = None  # after so many, a node is not asked to train again
 
@@ -168,10 +168,10 @@ class RoleFedAvg(FedAvg):
     def _sample(self, grid: Grid, role: str, fraction: float, minimum: int) -> list[int]:
         # A sample of none waits for the nodes that FedAvg would wait for, and lists them.
         _, connected = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
-        self._connected = connected
+        there = self._connected = set(connected)
         # Of nodes that left nothing is remembered; a fleet's ids would otherwise pile up.
-        self._roles = {n: role for n, role in self._roles.items() if n in connected}
-        self._strikes = Counter({n: k for n, k in self._strikes.items() if n in connected})
+        self._roles = {n: role for n, role in self._roles.items() if n in there}
+        self._strikes = Counter({n: k for n, k in self._strikes.items() if n in there})
         mistaken = self._ask_roles(grid, connected)
         able = [
             n for n in connected if n not in mistaken and self._roles.get(n, BOTH) in (role, BOTH)
@@ -202,8 +202,10 @@ class RoleFedAvg(FedAvg):
         question = RecordDict({self.configrecord_key: ConfigRecord({"ask": ROLE})})
         messages = list(self._construct_messages(question, unknown, MessageType.QUERY))
         mistaken = set()
-        for reply in grid.send_and_receive(messages, timeout=ROLE_TIMEOUT):
-            node_id = node_of(reply, messages)
+        replies = list(grid.send_and_receive(messages, timeout=ROLE_TIMEOUT))
+        nodes = addressees(messages)  # their ids are given when they are sent
+        for reply in replies:
+            node_id = node_of(reply, nodes)
             try:
                 self._roles[node_id] = role_in(reply)
                 if wants_forgetting(reply):
@@ -219,15 +221,15 @@ class RoleFedAvg(FedAvg):
         """Return (node id, content) of replies without error; name the nodes that failed."""
         name = "aggregate_train" if is_train else "aggregate_evaluate"
         good, bad = self._check_and_log_replies(list(replies), is_train, validate=False)
-        silent = {message.metadata.dst_node_id for message in self._sent}
+        nodes = addressees(self._sent)
         for message in bad:
-            log(WARNING, "%s: node %d failed", name, node_of(message, self._sent))
-        silent.difference_update(node_of(message, self._sent) for message in good + bad)
-        for node_id in sorted(silent):
+            log(WARNING, "%s: node %d failed", name, node_of(message, nodes))
+        asked = {message.metadata.dst_node_id for message in self._sent}
+        for node_id in sorted(asked - {node_of(message, nodes) for message in good + bad}):
             log(WARNING, "%s: node %d did not answer in time", name, node_id)
         received = []
         for message in good:
-            node_id = node_of(message, self._sent)
+            node_id = node_of(message, nodes)
             try:
                 checked.check(message.content)
                 received.append((node_id, numpy_client.plain(message.content)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 
 from flwr.app import Message
 
@@ -12,12 +12,17 @@ from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.replies import check
 
 
-def node_of(reply: Message, sent: Sequence[Message]) -> int:
-    """Return the node that a reply is from: a dead node's error comes from the SuperLink's id."""
-    for message in sent:
-        if message.metadata.message_id == reply.metadata.reply_to_message_id:
-            return message.metadata.dst_node_id
-    return reply.metadata.src_node_id
+def addressees(sent: Iterable[Message]) -> dict[str, int]:
+    """Return the node that each message went to, by the message's id."""
+    return {each.metadata.message_id: each.metadata.dst_node_id for each in sent}
+
+
+def node_of(reply: Message, nodes: Mapping[str, int]) -> int:
+    """Return the node that a reply to one of `addressees` is from.
+
+    A dead node's error comes from the SuperLink's id.
+    """
+    return nodes.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
 
 
 def wants_forgetting(reply: Message) -> bool:

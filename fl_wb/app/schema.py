@@ -70,7 +70,7 @@ class StrategyConfig(Settings):
     critic
         Whether "transfer" hands on that source's critic, too, with which a target then begins.
     stage
-        How two generators are merged (adaptive coalescence only).
+        How generators are merged (adaptive coalescence only).
     patience
         A node whose upload is dropped so many rounds in a row is not asked again; None: it is.
     screening
