@@ -76,6 +76,13 @@ def test_the_nearest_turn_of_a_linear_map_is_the_turn_itself() -> None:
     torch.testing.assert_close(found @ found.T, torch.eye(4))
 
 
+def test_directions_that_hardly_matter_stay_where_they_are() -> None:
+    z = torch.randn(1000, 4, generator=rng(0))
+    torch.testing.assert_close(
+        nearest_turn(z, z[:, :1], 2 * z[:, :1]), torch.eye(4), atol=0.05, rtol=0
+    )
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_what_is_not_finite_turns_nothing(bad: float) -> None:
     z = torch.randn(100, 4, generator=rng(0))
@@ -160,3 +167,18 @@ def test_a_student_that_makes_nothing_turns_nothing_and_is_no_measures_fault(
     pool = mixture_pool(measures, Latents(4), 1000, 200, rng(0), student)
     with torch.no_grad():
         torch.testing.assert_close(pool.x, Mixture(sources).eval()(pool.z))
+
+
+def test_a_student_learns_in_train_mode_only_once_all_pairs_are_drawn() -> None:
+    seen: list[tuple[bool, int]] = []
+
+    class Watched(Gaussian):
+        def forward(self, z: Tensor) -> Tensor:
+            seen.append((self.training, len(z)))
+            return super().forward(z)
+
+    stage = Stage(distillation=Distillation(iterations=150, batch_size=8))
+    recursive_barycenter([Watched((0.0, 0.0)), Watched((1.0, 0.0))], stage=stage, critic=critic)
+    first = seen.index((True, 8))
+    assert any(n > 128 for _, n in seen[:first])
+    assert all(n <= 128 for training, n in seen if training)
