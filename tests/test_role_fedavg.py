@@ -109,6 +109,19 @@ def test_a_node_that_does_not_answer_is_asked_again() -> None:
     assert grid.nodes[12].received == ["query", "train", "query", "evaluate"]
 
 
+def test_of_nodes_that_left_no_role_is_kept() -> None:
+    alone = {"min_available_nodes": 1, "min_train_nodes": 1, "min_evaluate_nodes": 1}
+    grid, run = InProcessGrid(app(evaluates, answers_role)), strategy(**alone)
+    left, stays = grid.add({"role": "source"}), grid.add({"role": "source"})
+    start(run, grid)
+    del grid.nodes[left]
+    start(run, grid)
+    grid.add({"role": "target"}, node_id=left)
+    start(run, grid)
+    assert grid.nodes[left].received == ["query", "evaluate"]
+    assert grid.nodes[stays].received.count("query") == 1
+
+
 def test_fedavg_with_roles_is_fedavg() -> None:
     grid = InProcessGrid(app(evaluates), nodes=2)
     result = start(RoleFedAvg(), grid)

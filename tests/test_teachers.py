@@ -158,6 +158,13 @@ def test_a_tree_finds_those_of_all_its_groups(executor: str | None):
     assert set(found.value.why) == {digest(sources(9)[k].state_dict()) for k in (1, 4, 7)}
 
 
+def test_a_budget_s_estimate_finds_them_all() -> None:
+    stage = Stage(distillation=Distillation(iterations=220, batch_size=8))
+    with pytest.raises(UselessMeasures) as found:
+        recursive_barycenter(sources(9), stage=stage, critic=critic, budget=60)
+    assert set(found.value.why) == {digest(sources(9)[k].state_dict()) for k in (1, 4, 7)}
+
+
 @pytest.mark.parametrize("student", [Failing((0.0, 0.0)), Waves(torch.full((4, 4), math.nan))])
 def test_a_student_that_makes_nothing_turns_nothing_and_is_no_measures_fault(
     student: nn.Module,

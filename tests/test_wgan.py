@@ -122,10 +122,10 @@ def test_the_arguments_are_left_alone(mode: bool):
 
 def test_what_is_frozen_in_a_critic_stays():
     (judge,) = image_critics(1)
-    judge.net[0].requires_grad_(False)
+    judge.net[1].requires_grad_(False)
     learned = train_wgan(conv(), [judge], [resample(images())], SHORT).critics[0]
 
-    assert same(learned.net[0], judge.net[0]) and not same(learned.net[-1], judge.net[-1])
+    assert same(learned.net[1], judge.net[1]) and not same(learned.net[-1], judge.net[-1])
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 6])
