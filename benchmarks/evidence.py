@@ -1,182 +1,158 @@
-"""The whole comparison: every baseline, on its own and with our adaptation, over seeds.
+"""Every table of a page, made anew by the command above it, all from one commit.
 
-    python -m benchmarks.evidence digits [--output FOLDER] [overrides]
-    python -m benchmarks.evidence mnist data.root=FOLDER [--output FOLDER] [overrides]
-    fl-wb-report FOLDER [--plots FOLDER]
+    python -m benchmarks.evidence all|WORD ... [--page docs/results.md] [--folder evidence]
+        [--set MNIST=FOLDER ...] [--workers 2]
 
-Each row is a run of the whole app, made of overrides as `fl-wb` takes them: ServerApp, strategies,
-clients and messages, the nodes one after another in one process. What runs of one seed have in
-common is trained once: sources keep their generators, and a merge is taken up from the folder of
-the run before. Finished runs are skipped, so that a command that was stopped can be given again.
+A piece of the page is a shell block of one command, ``.venv/bin/python -m benchmarks...``, and the
+table that follows it: the last one that the command prints. With WORDs, pieces whose command has
+one of them. Commands run two at a time, one thread each; what they print is kept in the folder, so
+that a call that was stopped can be given again, and sources that several train are trained once.
+Pieces of other code than the one that is checked out are refused, and so is code that is not
+committed: figures of two versions never stand side by side. Once all pieces of the page are there,
+its line "Of the commit ..." says which.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import multiprocessing
+import os
 import re
-import shutil
-import signal
+import shlex
+import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from flwr.app import Context, RecordDict
+from benchmarks.quality import KEPT_SOURCES
+from fl_wb.persistence.tensor_files import write_atomic
 
-from fl_wb.app.config import compose
-from fl_wb.app.provenance import comparable, provenance
-from fl_wb.app.schema import Config
-from fl_wb.client_app import app as client_app
-from fl_wb.server_app import app as server_app
-from fl_wb.testing.in_process_grid import InProcessGrid
-
-COMMON = "client.evaluation.draws=5 client.evaluation.bank=true"
-CURVE = "client.evaluation.snapshots=8"
-DATA = {
-    "digits": "data=digits",
-    # 160 s of one core a source, and 1,000 samples, with which an exact W1 takes a second
-    "mnist": "data=mnist data.held_out=0.2 client.source.iterations=8000"
-    " client.evaluation.samples=1000",
-}
-# fine-tuning for as many seconds as `client=default` adapts for, with the network of the data
-PLAIN = {"digits": "plain", "mnist": "plain client.adaptation.training.iterations=450"}
-FULL = ("overlapping", "non_overlapping")  # experiments with every row
-FEW = (5, 20, 100)  # samples a class, beside the usual 10
-BARE = "client.ternarize=false"
+ROOT = Path(__file__).parents[1]
+CODE = ("fl_wb", "strategies", "clients", "conf", "benchmarks", "examples", "constraints.txt")
+PIECE = re.compile(
+    r"^```sh\n\.venv/bin/python (?P<command>-m benchmarks\.(?:[^\n]|\\\n)*)\n```\n\n"
+    r"(?P<table>(?:\|[^\n]*\n)+)",
+    re.MULTILINE,
+)
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+COMMIT = re.compile(r"(?<=Of the commit `)[0-9a-f]+(?=`)")
 
 
 @dataclass(frozen=True)
-class Group:
-    """The runs of one experiment and seed, which share their sources."""
+class Piece:
+    """A command of the page, and where what it prints is kept."""
 
-    base: str
-    plain: str
-    experiment: str
-    seed: int
-    folder: Path
-    counts: tuple[int, ...]
-    trained: dict[str, Path] = field(default_factory=dict)  # merges, by what made them
+    command: str
+    kept: Path
 
-    def rows(self, count: int) -> list[str]:
-        """Return the overrides of each run with so many samples a class, in the order to run."""
-        sources = range(compose(f"experiment={self.experiment}").data.source_count)
-        transfers = [f"strategy=transfer strategy.source={k}" for k in sources]
-        fedavg, ensemble = "strategy=fedavg", "strategy=ensemble"
-        edge, ours = "strategy=edge_only", "strategy=adaptive_coalescence"
-        if self.experiment not in FULL:
-            bare = [f"{start} client=default" for start in (*transfers, ensemble)]
-        elif count == 10:
-            starts = (*transfers, fedavg, ensemble, edge)
-            bare = [f"{start} client={c}" for start in starts for c in (self.plain, "default")]
-            bare += ["strategy=paper client=paper", "strategy=paper client=default"]
-            bare += [f"{ours} {CURVE} client={self.plain}"]
-        else:
-            bare = [f"{start} client=default" for start in (*transfers, ours)]
-            bare += [f"{start} client={self.plain}" for start in (edge, ours)]
-        rows = [f"{row} {BARE}" for row in bare]
-        if count == 10:
-            rows += [f"{ours} client=default {CURVE}"]
-            if self.experiment in FULL:
-                rows += [f"{ours} client.ternarization.threshold_lr=0"]
-        return rows
+    def printed(self, code: str) -> str | None:
+        """Return what the command printed, or None; SystemExit if other code printed it."""
+        if not self.kept.exists():
+            return None
+        head, text = self.kept.read_text("utf-8").split("\n", 1)
+        if head != code:
+            raise SystemExit(f"{self.kept} is of other code ({head}, not {code}): another --folder")
+        return text
 
-    def jobs(self) -> list[str]:
-        """Return the overrides of all runs. What displaces the kept sources comes last."""
-        rows = [
-            f"{row} data.samples_per_class={count}"
-            for count in self.counts
-            for row in self.rows(count)
-        ]
-        if self.experiment in FULL and 10 in self.counts:
-            # as many iterations as two sources together
-            iterations = 2 * compose(self.base).client.source.iterations
-            full = f"strategy=full_data client.source.iterations={iterations}"
-            rows.append(f"{full} client={self.plain} {BARE} data.samples_per_class=10")
-        return [
-            f"{self.base} {COMMON} experiment={self.experiment} seed={self.seed} {row}"
-            for row in rows
-        ]
-
-    def run(self) -> str:
-        """Run what is not there yet; return the time that it took."""
-        torch.set_num_threads(1)
-        logging.getLogger("flwr").setLevel(logging.WARNING)
-        began = time.perf_counter()
-        for overrides in self.jobs():
-            self.run_one(overrides)
-        title = f"{self.experiment}, seed {self.seed}"
-        return f"{title}: {time.perf_counter() - began:.0f} s"
-
-    def run_one(self, overrides: str) -> None:
-        """Run the app with these overrides, its nodes in this process."""
-        own = overrides.replace(f"{self.base} {COMMON} ", "")
-        output = self.folder / re.sub(r"[^\w.=-]+", "_", own)
-        began, config = time.perf_counter(), compose(overrides)
-        made = str(config.strategy)
-        if (output / "metrics.json").exists():
-            check_version(output / "metrics.json", config)
-            if (output / "barycenter" / "stages").exists():
-                self.trained[made] = output / "barycenter"
+    def run(self, code: str, names: dict[str, str]) -> None:
+        """Run the command, unless it has been."""
+        if self.printed(code) is not None:
             return
-        if made in self.trained:
-            # the stages alone: the nodes of another run are none of this one's
-            stages = output / "barycenter" / "stages"
-            shutil.copytree(self.trained[made] / "stages", stages, dirs_exist_ok=True)
-        settings = {"overrides": overrides, "output": str(output)}
-        grid = InProcessGrid(client_app, run_config=settings)
-        nodes = config.data.source_count + len(config.data.targets)
-        for node in range(nodes):
-            cache = str(self.folder / "sources")
-            grid.add({"partition-id": node, "num-partitions": nodes, "cache": cache})
-        server_app(grid, Context(1, 1, {}, RecordDict(), settings))
-        if (output / "barycenter" / "stages").exists():
-            self.trained[made] = output / "barycenter"
-        print(f"{time.perf_counter() - began:6.1f} s  {output.name}", flush=True)
-
-
-def check_version(result: Path, config: Config) -> None:
-    """Refuse to mix the results of two versions; SystemExit says which file is of another."""
-    found = comparable(json.loads(result.read_text()).get("made-by", {}))
-    if found != (ours := comparable(provenance(config))):
-        raise SystemExit(f"{result} is of version {found}, not {ours}: use another --output")
-
-
-def main() -> None:
-    """Run the comparison in some processes, one thread each."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("data", choices=DATA)
-    parser.add_argument("--output", type=Path, default=Path("evidence"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--samples", type=int, nargs="+", default=[10, *FEW])
-    parser.add_argument("--experiments", nargs="+", default=[*FULL, "three_sources", "unequal"])
-    parser.add_argument("--workers", type=int, default=2)
-    arguments, overrides = parser.parse_known_args()
-    base = " ".join([DATA[arguments.data], *overrides])
-    compose(base)  # refuses what is wrong before anything starts
-    groups = [
-        Group(
-            base,
-            PLAIN[arguments.data],
-            experiment,
-            seed,
-            arguments.output.resolve() / arguments.data / f"{experiment}-{seed}",
-            tuple(arguments.samples if experiment in FULL else (10,)),
+        began = time.perf_counter()
+        words = [names.get(w, w) for w in shlex.split(self.command.replace("\\\n", " "))]
+        words = [re.sub(r"(?<==)\w+$", lambda m: names.get(m[0], m[0]), word) for word in words]
+        own = {"OMP_NUM_THREADS": "1", KEPT_SOURCES: str(self.kept.parent / "sources")}
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=os.environ | own,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
         )
-        for experiment in arguments.experiments
-        for seed in arguments.seeds
-    ]
-    began = time.perf_counter()
-    # without this, a parent that is told to stop leaves its workers running
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    # Fresh processes: torch's threads do not survive a fork.
-    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
-        for done in pool.imap_unordered(Group.run, groups):
-            print(f"# {done}", flush=True)
-    print(f"# all: {time.perf_counter() - began:.0f} s; fl-wb-report {arguments.output}")
+        if done.returncode or not TABLE.search(done.stdout):
+            print(f"# failed ({done.returncode}): {self.command}", flush=True)
+            return
+        write_atomic(self.kept, f"{code}\n{done.stdout}".encode())
+        print(f"# {time.perf_counter() - began:.0f} s: {self.command}", flush=True)
+
+
+def pieces_of(page: str, folder: Path) -> list[Piece]:
+    """Return the pieces of a page."""
+    found = []
+    for match in PIECE.finditer(page):
+        command = match["command"]
+        name = re.sub(r"\W+", "-", command.removeprefix("-m benchmarks.")).strip("-")
+        found.append(Piece(command, folder / f"{name[:120]}.txt"))
+    return found
+
+
+def filled(page: str, printed: dict[str, str]) -> str:
+    """Return a page with the tables of these commands replaced by the last ones they printed."""
+
+    def replaced(match: re.Match[str]) -> str:
+        if (text := printed.get(match["command"])) is None:
+            return match[0]
+        table = "".join(map(_condensed, TABLE.findall(text)[-1].splitlines()))
+        return match[0].removesuffix(match["table"]) + table
+
+    return PIECE.sub(replaced, page)
+
+
+def _condensed(line: str) -> str:
+    cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+    if all(set(cell) <= set("-:") and cell for cell in cells):
+        return "|---" * len(cells) + "|\n"
+    return f"| {' | '.join(cells)} |\n"
+
+
+def code_here() -> tuple[str, str]:
+    """Return the commit, and a name of its code; SystemExit if the code is not all committed."""
+    changed = _git("status", "--porcelain", "--", *CODE)
+    if changed:
+        raise SystemExit(f"not committed, so that nobody could make the figures again:\n{changed}")
+    trees = _git("ls-tree", "HEAD", "--", *CODE)
+    name = _git("hash-object", "--stdin", given=trees)
+    return _git("rev-parse", "--short=7", "HEAD"), name
+
+
+def _git(*words: str, given: str = "") -> str:
+    done = subprocess.run(
+        ["git", *words], cwd=ROOT, input=given, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not there yet, and write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("which", nargs="+", help="all, or words of commands")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--folder", type=Path, default=Path("evidence"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--workers", type=int, default=2)
+    given = parser.parse_args(arguments)
+    commit, code = code_here()
+    names = dict(word.split("=", 1) for word in given.set)
+    folder = given.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = pieces_of(given.page.read_text("utf-8"), folder)
+    words = [] if "all" in given.which else given.which
+    chosen = [p for p in everything if not words or any(word in p.command for word in words)]
+    if not chosen:
+        parser.error(f"no command of {given.page} has one of: {', '.join(given.which)}")
+    for piece in everything:
+        piece.printed(code)  # refuses what is of other code before anything starts
+    with ThreadPoolExecutor(given.workers) as pool:
+        list(pool.map(lambda piece: piece.run(code, names), chosen))
+    printed = {p.command: text for p in everything if (text := p.printed(code)) is not None}
+    page = filled(given.page.read_text("utf-8"), printed)
+    if len(printed) == len(everything):
+        page = COMMIT.sub(commit, page)
+    write_atomic(given.page, page.encode())
+    print(f"# {len(printed)} of {len(everything)} pieces of {given.page}")
 
 
 if __name__ == "__main__":
