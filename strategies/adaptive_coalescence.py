@@ -48,7 +48,9 @@ class AdaptiveCoalescence(RoleFedAvg):
     The server keeps the latest valid upload of every node it has seen, and the barycenter of these
     is the global model: what evaluation, `evaluate_fn` and the result get. A node that trains goes
     on from its own last upload, and a newcomer from the barycenter (`continue_from`): its generator
-    would otherwise have to become its own anew in each round. A round's stage starts at the
+    would otherwise have to become its own anew in each round. What is merged of a node that goes on
+    is the running mean of the weights that it sent, which lies nearer to its data than the last of
+    them (unless ``max_age`` is set, or it began anew). A round's stage starts at the
     barycenter of the round before, and a node keeps its place in the code
     (`fl_wb.generators.code`); a round after which nobody is given the model merges nothing.
 
@@ -362,6 +364,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             screening=self.screening,
             max_age=self.max_age,
             max_share=self.max_share,
+            averages=self.continue_from == "own" and self.max_age is None,
         )
 
     def _is_needed(self, server_round: int) -> bool:

@@ -20,6 +20,7 @@ from fl_wb.messages import records
 from fl_wb.messages.screening import outliers
 from fl_wb.messages.weights import bounded_weights
 from fl_wb.persistence.tensor_files import digest
+from fl_wb.transport import energy_distance
 
 SCREENED = 256  # samples of each upload that are compared
 
@@ -36,6 +37,8 @@ class Coalescence:
         up.
     screening, max_age, max_share
         As in `AdaptiveCoalescence`.
+    averages
+        Whether nodes go on from what they sent, so that a node's generators have a mean (`_mean`).
 
     Attributes
     ----------
@@ -55,8 +58,9 @@ class Coalescence:
         screening: float | None,
         max_age: int | None,
         max_share: float,
+        averages: bool,
     ) -> None:
-        self._model, self._merger = model, merger
+        self._model, self._merger, self._averages = model, merger, averages
         self._screening, self._max_age, self._max_share = screening, max_age, max_share
         self.uploads = Uploads()
         self.shares: list[float] = []
@@ -98,7 +102,9 @@ class Coalescence:
         Beside it, how often nodes have each label, if they say it.
         """
         known, changed = self.uploads.made_of, self.uploads.changed
-        self.uploads.put(server_round, arrived, connected, labels)
+        means = {node: self._mean(node, *sent[1:]) for node, sent in arrived.items()}
+        kept = {node: mean for node, mean in means.items() if mean is not None}
+        self.uploads.put(server_round, arrived, connected, labels, kept)
         self._screen()
         if self.uploads.made_of == known:  # what came was screened out, or what was there
             self.uploads.changed = changed
@@ -163,13 +169,37 @@ class Coalescence:
     def _average(self, uploads: Sequence[Upload]) -> State:
         return average((self.uploads.state(upload), upload.weight) for upload in uploads)
 
+    def _mean(self, node_id: int, name: str, state: State) -> State | None:
+        """Return the running mean of a node's generators, of which this is half, or None.
+
+        A GAN goes round the generator that it looks for, and the mean of its weights on the way is
+        nearer to it (Yazici et al., "The Unusual Effectiveness of Averaging in GAN Training", ICLR
+        2019). Where a node began anew, weights of two ways have no mean that makes anything: its
+        samples are farther from this generator's than those of the mean before.
+        """
+        before = self.uploads.get(node_id)
+        if not self._averages or before is None:
+            return None
+        if before.digest == name:
+            return self.uploads.mean(before)
+        latest, was = self._model.generator(state), self._generator(before)
+        mean = average([(was, 1.0), (latest, 1.0)])
+        try:
+            there, here, between = (
+                self._merger.samples(each, SCREENED) for each in (was, latest, mean)
+            )
+        except Exception:  # what a stranger's numbers do inside a network, nobody knows
+            return None
+        nearer = energy_distance(between, here) <= energy_distance(there, here)
+        return mean if nearer else None  # nor if something is not finite
+
     def _screen(self) -> None:
         """Drop the uploads, of this round and before, that are too far from the others."""
         if self._screening is None:
             return
         uploads = self.uploads.of_nodes()
         nodes = sorted(uploads)
-        samples = [self._merger.samples(self._generator(uploads[node]), SCREENED) for node in nodes]
+        samples = [self._merger.samples(self._sent(uploads[node]), SCREENED) for node in nodes]
         seed = self._merger.seed
         for index, why in outliers(samples, threshold=self._screening, seed=seed):
             self._drop(nodes[index], f"{why} (screening={self._screening})")
@@ -188,14 +218,14 @@ class Coalescence:
         while uploads:
             weights = self._weights(uploads)
             measures = [
-                Measure(partial(self._network, upload), weight, upload.digest, upload.labels)
+                Measure(partial(self._network, upload), weight, upload.merged, upload.labels)
                 for upload, weight in zip(uploads, weights, strict=True)
             ]
             try:
                 merged = self._merger.merge(measures, None if self._afresh else self._merged)
             except (UselessMeasures, FloatingPointError, records.InvalidUpload) as error:
                 useless = error.why if isinstance(error, UselessMeasures) else {}
-                left = [upload for upload in uploads if upload.digest not in useless]
+                left = [upload for upload in uploads if upload.merged not in useless]
                 if len(left) == len(uploads):
                     log(WARNING, "aggregate_train: the merge failed (%s): the model stays", error)
                     return None
@@ -232,16 +262,20 @@ class Coalescence:
         )
         return weights
 
-    def _generator(self, upload: Upload) -> State:
+    def _sent(self, upload: Upload) -> State:
         return self._model.generator(self.uploads.state(upload))
+
+    def _generator(self, upload: Upload) -> State:
+        mean = self.uploads.mean(upload)
+        return self._sent(upload) if mean is None else mean
 
     def _network(self, upload: Upload) -> nn.Module:
         return self._merger.network(self._generator(upload))
 
     def _drop_measures(self, useless: Mapping[str, str]) -> None:
         for node_id, upload in self.uploads.of_nodes().items():
-            if upload.digest in useless:
-                self._drop(node_id, useless[upload.digest])
+            if upload.merged in useless:
+                self._drop(node_id, useless[upload.merged])
 
     def _drop(self, node_id: int, why: str) -> None:
         say_dropped(node_id, why)

@@ -47,6 +47,8 @@ class Upload:
         How many it stands for.
     labels
         How often its data has each label, of sum 1; empty if it does not say.
+    mean
+        Digest of the generator that is merged in place of the one it sent; empty if that one is.
     """
 
     key: str
@@ -56,6 +58,12 @@ class Upload:
     digest: str
     nodes: int = 1
     labels: tuple[float, ...] = ()
+    mean: str = ""
+
+    @property
+    def merged(self) -> str:
+        """Digest of the generator that is merged."""
+        return self.mean or self.digest
 
 
 class Uploads:
@@ -80,7 +88,7 @@ class Uploads:
     @property
     def made_of(self) -> list[tuple[str, float, str, tuple[float, ...]]]:
         """Key, weight, digest and labels of what there is to merge, in its order."""
-        return [(each.key, each.weight, each.digest, each.labels) for each in self.ordered()]
+        return [(each.key, each.weight, each.merged, each.labels) for each in self.ordered()]
 
     def ordered(self) -> list[Upload]:
         """Return what to merge, in an order that no network delay can change."""
@@ -88,9 +96,16 @@ class Uploads:
 
     def state(self, upload: Upload) -> State:
         """Return an upload's arrays."""
-        found = self._states.get(upload.key)
+        return self._found(upload.key)
+
+    def mean(self, upload: Upload) -> State | None:
+        """Return the generator that is merged in place of what was sent; None if that is."""
+        return self._found(_mean_key(upload)) if upload.mean else None
+
+    def _found(self, key: str) -> State:
+        found = self._states.get(key)
         if found is None:
-            raise FileNotFoundError(f"the upload {upload.key} is gone from {self._states.folder}")
+            raise FileNotFoundError(f"the upload {key} is gone from {self._states.folder}")
         return found
 
     def all(self) -> dict[str, Upload]:
@@ -98,13 +113,17 @@ class Uploads:
         folded = {FOLDED: self._folded} if self._folded else {}
         return folded | {str(node): upload for node, upload in self._of.items()}
 
-    def restore(self, node_id: int | None, upload: Upload, state: State) -> None:
+    def restore(
+        self, node_id: int | None, upload: Upload, state: State, mean: State | None = None
+    ) -> None:
         """Take up an upload of an earlier run as it was; None: the folded one."""
         if node_id is None:
             self._folded = upload
         else:
             self._of[node_id] = upload
         self._keep(upload.key, state)
+        if mean is not None:
+            self._keep(_mean_key(upload), mean)
 
     def put(
         self,
@@ -112,10 +131,12 @@ class Uploads:
         arrived: dict[int, tuple[float, str, State]],
         connected: Collection[int] = (),
         labels: Mapping[int, tuple[float, ...]] | None = None,
+        means: Mapping[int, State] | None = None,
     ) -> None:
         """Keep what nodes sent in a round: weight, digest of the generator, arrays, by node id.
 
-        And how often they have each label, of those that say it.
+        And how often they have each label, of those that say it, and what is merged in place of
+        what they sent, where something is.
 
         A node keeps its place; those that are new come behind, the heaviest first. Who sends, bit
         for bit, the generator of a node that is not connected is that node under a new id.
@@ -129,10 +150,23 @@ class Uploads:
         places |= {node: last + 1 + k for k, node in enumerate(new)}
         for node, (weight, name, state) in arrived.items():
             before, often = self._of.get(node), (labels or {}).get(node, ())
-            now = Upload(str(node), server_round, places[node], weight, name, labels=often)
+            mean = (means or {}).get(node)
+            now = Upload(
+                str(node),
+                server_round,
+                places[node],
+                weight,
+                name,
+                labels=often,
+                mean=digest(mean) if mean else "",
+            )
             self.changed |= before is None or replace(before, round=now.round, key=now.key) != now
             self._of[node] = now
             self._keep(str(node), state)
+            if mean:
+                self._keep(_mean_key(now), mean)
+            else:
+                self._states.drop(_mean_key(now))
 
     def _rename(
         self, arrived: dict[int, tuple[float, str, State]], connected: Collection[int]
@@ -144,7 +178,7 @@ class Uploads:
         for node in sorted(arrived.keys() - self._of.keys()):
             if before := by_digest.get(arrived[node][1]):
                 upload = self._of.pop(before.pop())
-                self._states.drop(upload.key)
+                self._drop_states(upload)
                 self._of[node] = upload  # `put` brings its arrays
 
     def get(self, node_id: int) -> Upload | None:
@@ -159,8 +193,12 @@ class Uploads:
     def drop(self, node_id: int) -> None:
         """Forget a node's upload, if there is one."""
         if (upload := self._of.pop(node_id, None)) is not None:
-            self._states.drop(upload.key)
+            self._drop_states(upload)
             self.changed = True
+
+    def _drop_states(self, upload: Upload) -> None:
+        for key in (upload.key, _mean_key(upload)):
+            self._states.drop(key)
 
     def fold(
         self,
@@ -187,6 +225,7 @@ class Uploads:
             digest=digest(state),
             nodes=sum(part.nodes for part in parts),
             labels=mixed([(part.weight, part.labels) for part in parts]),
+            mean="",
         )
         for node in gone:
             self.drop(node)
@@ -199,10 +238,15 @@ class Uploads:
             self._folder = tempfile.TemporaryDirectory(prefix="fl-wb-uploads-")
             on_disk = StageStore(Path(self._folder.name))
             for upload in self.ordered():
-                if (found := self._states.get(upload.key)) is not None:
-                    on_disk.put(upload.key, found)
+                for old in (upload.key, _mean_key(upload)):
+                    if (found := self._states.get(old)) is not None:
+                        on_disk.put(old, found)
             self._states = on_disk
         self._states.put(key, state)
+
+
+def _mean_key(upload: Upload) -> str:
+    return f"{upload.key}-mean"
 
 
 def _in_place(uploads: Collection[Upload]) -> list[Upload]:
