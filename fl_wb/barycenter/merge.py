@@ -218,7 +218,7 @@ class Merge:
                 callback=callback,
                 checkpoint=training,
             ).generator
-        settle(student, self.latents, seed=seed)
+        settle(student, self.latents, len(pool.z), seed=seed)
         start.clear()
         training.clear()
         return student.eval()

@@ -31,7 +31,7 @@ less time (``benchmarks.image_stages``)."""
 
 Pairs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
 """Draws n latents (n, latent_dim), the sample (n, ...) that each should become, and, if the latents
-are those of several measures, the cell (n,) that each is of (`fl_wb.generators.code`)."""
+are those of several measures or labels, where each is (n,): see `fl_wb.barycenter.teachers`."""
 
 
 def pairs_of(teacher: Callable[[Tensor], Tensor], latents: Latents) -> Pairs:
@@ -87,8 +87,8 @@ def distill(
     values. Sharing z is a coupling, so the first term bounds a multiple of W1 between the two
     measures from above; it alone would shrink the samples of a student that cannot follow
     everywhere towards their median, which the second, a distance of the measures, sees. Where
-    latents are of several measures it is taken within each of them, and so sees, too, what a
-    student makes at the border of two cells and neither measure has.
+    latents are of several measures or labels it is taken within each of them, and so sees, too,
+    what a student makes at the border of two cells and neither measure has.
 
     Parameters
     ----------
