@@ -7,14 +7,17 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb.barycenter import Stage, recursive_barycenter
+from fl_wb.app.config import compose
+from fl_wb.barycenter import Measure, Stage, recursive_barycenter
+from fl_wb.generators.networks import ConvGenerator, MLPGenerator, make_generator
 from fl_wb.generators.sampling import generate
+from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.training.distillation import Distillation
 from fl_wb.training.wgan import Training
 from tests.points import Gaussian, critic, same
@@ -95,9 +98,70 @@ def test_a_budget_is_seconds() -> None:
         merge(201, budget=0)
 
 
+class Batches(ConvGenerator):
+    """Keeps how many latents a network is trained with at a time."""
+
+    seen: ClassVar[set[int]] = set()
+
+    def __init__(self) -> None:
+        super().__init__((1, 8, 8), latent_dim=4, width=4)
+
+    def forward(self, z: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.seen.add(len(z))
+        return super().forward(z)
+
+
+class Connected(Batches):
+    """The same without convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = MLPGenerator((1, 8, 8), latent_dim=4, width=4)
+
+
+@pytest.mark.parametrize("through_flower", [False, True])
+@pytest.mark.parametrize(
+    ("network", "given", "expected"),
+    [
+        (Batches, {}, 32),
+        (Connected, {}, 200),
+        (Batches, {"stage": Stage(budget=1e6, fidelity=0)}, 32),
+        (Batches, {"stage": Stage(distillation=Distillation(batch_size=77))}, 77),
+        (Connected, {"stage": Stage.quick()}, 32),
+    ],
+)
+def test_batches_suit_the_network_unless_they_are_given(
+    network: type[Batches], given: dict[str, Any], expected: int, through_flower: bool
+) -> None:
+    Batches.seen.clear()
+    if through_flower:
+        merger = AdaptiveCoalescence(generator=network, iterations=2, **given).merger
+        merger.merge([Measure.of(network(), 1.0), Measure.of(network(), 1.0)], None)
+    else:
+        recursive_barycenter([network(), network()], iterations=2, **given)
+    assert Batches.seen == {expected}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("network=dcgan data=mnist data.root=/x", 32),
+        ("network=conv data=mnist data.root=/x", 32),
+        ("network=mlp", 200),
+        ("network=dcgan data=mnist data.root=/x strategy.stage.distillation.iterations=9", 32),
+        ("network=dcgan data=mnist data.root=/x strategy.stage.distillation.batch_size=50", 50),
+    ],
+)
+def test_batches_of_a_run_suit_its_network(overrides: str, expected: int) -> None:
+    stage = compose(overrides).strategy.stage
+    shape = (1, 32, 32)
+    network = make_generator(compose(overrides).network.generator, shape, width=4)
+    assert stage.distillation.batch(network) == expected
+    assert stage.of_measures(2, network).distillation.batch_size == expected
+
+
 def test_the_quick_stage_draws_fewer_pairs(caplog: pytest.LogCaptureFixture) -> None:
-    quick, usual = (s.distillation for s in (Stage.quick(), Stage()))
-    assert quick.iterations * quick.batch_size < usual.iterations * usual.batch_size / 5
     nu = recursive_barycenter([Gaussian((0.0, 0.0)), Gaussian((1.0, 0.0))], stage=Stage.quick())
 
     assert "(2,500 iterations)" in caplog.text

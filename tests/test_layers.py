@@ -79,6 +79,31 @@ def test_statistics_are_those_of_all_batches_however_slowly_they_move():
     assert not norm.training and norm.momentum == 1e-4
 
 
+def test_statistics_after_a_long_training_are_of_more_latents() -> None:
+    def error(trained: int) -> float:
+        network = nn.Sequential(nn.Linear(4, 200, bias=False), nn.BatchNorm1d(200)).eval()
+        settle(network, Latents(4), trained, seed=1)
+        linear, norm = network
+        deviations = norm.running_mean / linear.weight.detach().norm(dim=1)
+        return float(deviations.square().mean().sqrt())
+
+    assert error(131_072) < 0.6 * error(0) < 0.6 * 0.04
+
+
+def test_a_merge_takes_its_statistics_of_latents_by_the_pairs_it_has_learned() -> None:
+    shown: list[int] = []
+
+    class Counted(Normalised):
+        def forward(self, z: Tensor) -> Tensor:
+            if self.net[1].momentum is None:  # an average of all batches is being taken
+                shown.append(len(z))
+            return super().forward(z)
+
+    stage = Stage(distillation=Distillation(iterations=40, batch_size=1000))
+    recursive_barycenter([Counted("batch", -4.0), Counted("batch", 4.0)], stage=stage)
+    assert 9_000 < sum(shown) <= 10_000
+
+
 @pytest.mark.parametrize("wgan", [0, 20])
 def test_a_frozen_normalisation_keeps_its_statistics_too(wgan: int):
     sources = [Normalised("batch", shift) for shift in (-4.0, 4.0)]

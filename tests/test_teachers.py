@@ -44,6 +44,25 @@ def test_a_batch_has_two_dozen_pairs_of_each_branch(batch: int, depth: int):
     assert drawn.cell.equal(Code(WEIGHTS).branches(depth)[cell])
 
 
+class Striped(Gaussian):
+    """A conditional generator: a label's points stand together."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z[:, :4]) + 10 * z[:, 4:]
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(8, 1), (79, 3), (200, 5), (400, 5)])
+def test_a_batch_has_a_score_of_pairs_of_each_label_or_of_some_together(batch: int, groups: int):
+    measures = [Measure.of(Striped((0.0, k)), 1.0) for k in range(2)]
+    latents = Latents(4, labels=(0.2,) * 5)
+    drawn = mixture_pool(measures, latents, 4_000, batch, rng(0), Striped((0.0, 0.0)))
+    label = drawn.z[:, 4].long()
+    assert len(drawn.cell.unique()) == groups * (2 if batch == 400 else 1)
+    for k in range(groups):
+        together = drawn.cell[label % groups == k].unique()
+        assert not torch.isin(drawn.cell[label % groups != k], together).any()
+
+
 class Waves(nn.Module):
     """A map of the latent that is neither linear nor even, after a turn of the latent."""
 

@@ -41,7 +41,7 @@ FOLDS = 10
 PRIOR = 40
 """Of n samples, PRIOR / n more are imagined that are the shares' own: a few say too little."""
 
-FOLDING = Distillation(1500)
+FOLDING = Distillation(1500, 128)
 
 MANY = 1000
 """Of more samples to fit to, so many are drawn."""

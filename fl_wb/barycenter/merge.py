@@ -218,7 +218,7 @@ class Merge:
                 callback=callback,
                 checkpoint=training,
             ).generator
-        settle(student, self.latents, seed=seed)
+        settle(student, self.latents, len(pool.z), seed=seed)
         start.clear()
         training.clear()
         return student.eval()
@@ -233,7 +233,7 @@ class Merge:
 
     def _pool(self, measures: Sequence[Measure], rng: torch.Generator, student: nn.Module) -> Pool:
         settings = self.settings
-        batch = settings.distillation.batch_size
+        batch = settings.distillation.batch(student)
         wanted = max(settings.distillation.iterations * batch, 1)
         if settings.start == "previous":  # then a critic's samples are all that is needed
             wanted = max(settings.training.reals, 1)

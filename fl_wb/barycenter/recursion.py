@@ -170,7 +170,8 @@ def barycenter_of(
     check_executor(executor)
     keys: list[str] = []
     done, total = 0, _stages(len(measures), widest)
-    merge = replace(merge, settings=merge.settings.of_measures(min(len(measures), widest)))
+    n, network = min(len(measures), widest), measures[0].generator()
+    merge = replace(merge, settings=merge.settings.of_measures(n, network))
     if total and merge.settings.budget is not None:
         first = _level(measures, widest)[0]
         merge = merge.within(merge.settings.budget / total, first, initial)

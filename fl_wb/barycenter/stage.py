@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
+from torch import nn
+
 from fl_wb.settings import Settings, above, at_least, one_of
 from fl_wb.training.distillation import Distillation
 from fl_wb.training.wgan import Training
@@ -23,7 +25,7 @@ FEW = 10
 LONGEST = 2.8
 """Times as many iterations as a stage has at most."""
 
-VERSION = 4
+VERSION = 5
 """Of the algorithm: a store's results of another one are not taken for its own."""
 
 
@@ -47,8 +49,8 @@ class Stage(Settings):
         W1(G, mixture) from above; 0 for the paper's loss. The critic sharpens, this holds the
         place on the geodesic.
     distillation
-        How the distilled start is made; its iterations are those of ten measures or fewer
-        (see `of_measures`).
+        How the distilled start is made; its iterations are those of ten measures or fewer, its
+        batches small if the generators are convolutional (see `of_measures`).
     training
         The WGAN-GP that follows.
     budget
@@ -61,18 +63,14 @@ class Stage(Settings):
     start: Annotated[str, one_of(*STARTS)] = "distilled"
     fidelity: Annotated[float, at_least(0)] = 1.0
     distillation: Distillation = field(
-        default_factory=lambda: Distillation(iterations=2500, batch_size=200, lr=1e-2)
+        default_factory=lambda: Distillation(iterations=2500, lr=1e-2)
     )
     training: Training = field(default_factory=lambda: Training(iterations=0, warmup=100))
     budget: Annotated[float, above(0)] | None = None
 
     @classmethod
     def quick(cls) -> Stage:
-        """Return settings for convolutional generators of image-sized samples: small batches.
-
-        A step of these takes as long as its batch is large, and they learn by steps: batches of
-        32 made a better generator of 3x32x32 in less time (``benchmarks.image_stages``).
-        """
+        """Return settings with the small batches of convolutional generators, for any."""
         return cls(distillation=Distillation(iterations=2500, batch_size=32, lr=1e-2))
 
     @property
@@ -81,16 +79,21 @@ class Stage(Settings):
         distilled = self.distillation.iterations if self.start == "distilled" else 0
         return distilled + self.training.iterations
 
-    def of_measures(self, n: int) -> Stage:
+    def of_measures(self, n: int, generator: nn.Module) -> Stage:
         """Return the settings of a stage that merges n measures: longer, where these are many.
 
         Ten of digits are learned as well in `iterations` as two are; of forty, each with a quarter
-        of the latents, a generator covers a tenth less unless it takes twice as long.
+        of the latents, a generator covers a tenth less unless it takes twice as long. Where nobody
+        set the size of a batch, it becomes that which suits the measures' generator.
         """
         longer = min(max(n / FEW, 1.0) ** 0.75, LONGEST)
         distillation = self.distillation
-        iterations = round(longer * distillation.iterations)
-        return replace(self, distillation=replace(distillation, iterations=iterations))
+        suited = replace(
+            distillation,
+            iterations=round(longer * distillation.iterations),
+            batch_size=distillation.batch(generator),
+        )
+        return replace(self, distillation=suited)
 
     def shortened(self, share: float) -> Stage:
         """Return these settings with that share of their iterations, one at least of each kind."""

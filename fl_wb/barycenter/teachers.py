@@ -32,9 +32,10 @@ POWER = 0.75
 """What denser pairs a measure has, moves its borders outwards: of ten sources of digits, one of
 weight 1/100 came out with 1.7 times its share by the root, .14 by the share itself, 1.4 by this."""
 
-OF_A_BRANCH = 24
-"""Pairs in a batch, at least, of each branch of the code: with fewer, an energy distance within it
-says little. Forty sources of digits, with five of each, lost a tenth of their coverage."""
+OF_A_BRANCH, OF_A_LABEL = 24, 20
+"""Pairs in a batch, at least, of each branch of the code, or label: with fewer, an energy distance
+within it says little. Forty sources of digits, with five of each, lost a tenth of their coverage.
+"""
 
 ALIGNED = 2048
 """Samples, at most, by which a measure is turned towards the student."""
@@ -94,7 +95,11 @@ class UselessMeasures(ValueError):
 
 @dataclass(frozen=True)
 class Pool:
-    """Latents (n, latent_dim), what each should become (n, ...), where it is, its weight (n,)."""
+    """Latents (n, latent_dim), what each should become (n, ...), where it is, its weight (n,).
+
+    That is, of which label, or of which of a few where there are many, and on which branch of the
+    code. Across labels, too much distance between them would make up for too little within them.
+    """
 
     z: Tensor
     x: Tensor
@@ -138,7 +143,8 @@ def mixture_pool(
     """
     code = Code([measure.weight for measure in measures])
     parts_of = [share**POWER for share in code.shares]
-    branches = code.branches(max(int(math.log2(batch / OF_A_BRANCH)), 0))
+    labels = max(min(len(latents.labels), batch // OF_A_LABEL), 1)  # of which distances are taken
+    branches = code.branches(max(int(math.log2(batch / labels / OF_A_BRANCH)), 0))
     often = [measure.labels or latents.labels for measure in measures]
     parts: list[tuple[Tensor, ...]] = []
     useless: dict[str, str] = {}
@@ -156,9 +162,9 @@ def mixture_pool(
         except UselessMeasures as found:
             useless |= found.why
             continue
-        branch = branches[k].to(x.device).expand(len(x))
+        where = branches[k].to(x.device) * labels + inner[:, -1].long() % labels  # 0 without labels
         weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
-        parts.append((z, x, branch, weight))
+        parts.append((z, x, where, weight))
     if useless:
         raise UselessMeasures(useless)
     return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -78,6 +78,7 @@ class Ternarization(Distillation):
         At most so many ternary planes a weight, 2 bits each: a layer gets as many as it needs.
     """
 
+    batch_size: Annotated[int, at_least(2)] | None = 128
     lr: Annotated[float, above(0)] = 2e-3
     energy: Annotated[float, at_least(0)] = 2.5
     threshold_lr: Annotated[float, at_least(0)] = 2e-4

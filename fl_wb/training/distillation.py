@@ -14,6 +14,7 @@ from typing import Annotated
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd  # of all convolutions, transposed and lazy ones too
 
 from fl_wb.generators.latents import Latents
 from fl_wb.generators.sampling import device_of
@@ -23,9 +24,14 @@ from fl_wb.training.random_numbers import own_random_numbers
 from fl_wb.training.wgan import Progress
 from fl_wb.transport import energy_distance
 
+OF_ANY, OF_CONVOLUTIONAL = 200, 32
+"""Latents in a batch, by the network that learns. A step of a convolutional one takes as long as
+its batch is large, and it learns by steps: of 3x32x32, batches of 32 made a better generator in
+less time (``benchmarks.image_stages``)."""
+
 Pairs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
 """Draws n latents (n, latent_dim), the sample (n, ...) that each should become, and, if the latents
-are those of several measures, the cell (n,) that each is of (`fl_wb.generators.code`)."""
+are those of several measures or labels, where each is (n,): see `fl_wb.barycenter.teachers`."""
 
 
 def pairs_of(teacher: Callable[[Tensor], Tensor], latents: Latents) -> Pairs:
@@ -48,15 +54,20 @@ class Distillation(Settings):
     iterations
         Steps of Adam.
     batch_size
-        Latents in a batch.
+        Latents in a batch; None: as many as suit the network (`batch`).
     lr
         Learning rate at the start; a cosine takes it to zero. 3e-3 measured better than 1e-3 at
         the same seconds.
     """
 
     iterations: Annotated[int, at_least(0)] = 2000
-    batch_size: Annotated[int, at_least(2)] = 128
+    batch_size: Annotated[int, at_least(2)] | None = None
     lr: Annotated[float, above(0)] = 3e-3
+
+    def batch(self, student: nn.Module) -> int:
+        """Return how many latents are in a batch of this network: few, if it is convolutional."""
+        convolutional = any(isinstance(part, _ConvNd) for part in student.modules())
+        return self.batch_size or (OF_CONVOLUTIONAL if convolutional else OF_ANY)
 
 
 def distill(
@@ -76,8 +87,8 @@ def distill(
     values. Sharing z is a coupling, so the first term bounds a multiple of W1 between the two
     measures from above; it alone would shrink the samples of a student that cannot follow
     everywhere towards their median, which the second, a distance of the measures, sees. Where
-    latents are of several measures it is taken within each of them, and so sees, too, what a
-    student makes at the border of two cells and neither measure has.
+    latents are of several measures or labels it is taken within each of them, and so sees, too,
+    what a student makes at the border of two cells and neither measure has.
 
     Parameters
     ----------
@@ -98,6 +109,7 @@ def distill(
     rng = torch.Generator(device_of(student)).manual_seed(seed)
     trained = [p for p in student.parameters() if p.requires_grad]
     adam = torch.optim.Adam(groups or trained, lr=settings.lr, fused=True)
+    batch = settings.batch(student)
     rates = [(group["lr"], group.get("until", 1.0)) for group in adam.param_groups]
     state = TrainingState({"student": student}, {"student": adam}, rng)
     if checkpoint:
@@ -106,7 +118,7 @@ def distill(
         for group, (rate, until) in zip(adam.param_groups, rates, strict=True):
             x = min(state.iteration / settings.iterations / until, 1.0)
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * x))
-        z, target, *cells = pairs(settings.batch_size, rng)
+        z, target, *cells = pairs(batch, rng)
         with own_random_numbers(seed + state.iteration):
             samples = student(z)
         distance = (samples - target).abs().mean() * math.sqrt(target[0].numel())

@@ -11,8 +11,11 @@ from fl_wb.generators.latents import Latents
 from fl_wb.generators.sampling import device_of
 from fl_wb.training.random_numbers import own_random_numbers
 
-LATENTS = 2560
-BATCH = 128
+BATCHES, BATCH = 20, 128
+"""Of latents of which statistics are taken, at least."""
+
+TRAINED = 4
+"""Latents of the training, for each of these."""
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
@@ -28,7 +31,7 @@ def learning(generator: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def settle(generator: nn.Module, latents: Latents, *, seed: int = 0) -> None:
+def settle(generator: nn.Module, latents: Latents, trained: int = 0, *, seed: int = 0) -> None:
     """Give a generator, in place, the statistics of what it makes of its latents.
 
     Normalisations get the statistics of all batches together (as by torch's ``update_bn``), but for
@@ -41,22 +44,26 @@ def settle(generator: nn.Module, latents: Latents, *, seed: int = 0) -> None:
         Trained.
     latents : Latents
         Their law.
+    trained : int
+        How many it was trained on: of a longer training, more are drawn. Statistics of n latents
+        are off by 1 / sqrt(n) of a unit's deviation, and all that is made moves with them.
     seed : int
         Of the latents.
     """
     modes = {part: part.training for part in generator.modules()}
     rng = torch.Generator(device_of(generator)).manual_seed(seed)
-    batches = latents.draw(LATENTS, rng).split(BATCH)
+    number = max(trained // (TRAINED * BATCH), BATCHES)
+    batches = latents.draw(number * BATCH, rng).split(BATCH)
     with own_random_numbers(seed):
         learning(generator)
-        for batch in batches:
+        for batch in batches[:BATCHES]:
             generator(batch)
         norms = [p for p in generator.modules() if isinstance(p, _BatchNorm) and p.training]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all
-        for batch in batches:
+        for batch in batches if norms else ():
             generator(batch)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
