@@ -51,38 +51,27 @@ def test_the_weights_of_a_mixture_of_the_cells_are_found(counts: list[int]):
 
 def test_a_cell_that_no_sample_supports_gets_next_to_nothing():
     weights = fit_weights(LINE, LINE.code, draws(CENTRES, [10, 0, 10, 0]))
-    assert weights[1] < 0.02 and weights[3] < 0.02
+    assert weights[1] < 0.03 and weights[3] < 0.03
 
 
-def test_between_two_points_the_weight_has_a_closed_form():
-    # cells at 0 and 1, all samples at y: 2 a'w - w'Bw is least at w_1 = y
-    generator = Line([0.0, 1.0], [0.5, 0.5], spread=0.0)
-    for y in (0.0, 0.3, 1.0, 4.0):
-        weights = fit_weights(generator, generator.code, torch.full((1000, 1), y))
-        assert weights[1] == pytest.approx(min(y, 1.0), abs=1e-3)
+def test_of_cells_that_overlap_each_gets_its_part():
+    # every sample may be of both cells, whose densities differ by a factor of e^(4x - 2)
+    near = Line([0.0, 1.0], [0.5, 0.5], spread=0.5)
+    for share in (0.0, 0.25, 0.8):
+        samples = generate(reweighted(near, near.code, (1 - share, share)), 1000, seed=4)
+        assert fit_weights(near, near.code, samples)[1] == pytest.approx(share, abs=0.08)
 
 
-def test_no_other_weights_have_less_energy_distance():
+def test_no_other_weights_make_the_samples_likelier():
+    near = Line([0.0, 1.0, 2.0], [0.5, 0.3, 0.2], spread=0.5)
+    samples = generate(reweighted(near, near.code, (0.1, 0.6, 0.3)), 800, seed=4)
+    centres = torch.arange(3.0)
+    densities = torch.distributions.Normal(centres, 0.5).log_prob(samples).exp().double()
+    most = (densities @ fit_weights(near, near.code, samples)).log().mean()
     rng = torch.Generator().manual_seed(1)
-    samples = torch.rand(500, 1, generator=rng) * 6
-    weights = fit_weights(LINE, LINE.code, samples)
-
-    def energy(w: Tensor) -> float:
-        made = generate(reweighted(LINE, LINE.code, w), 3000, seed=3)
-        return energy_distance(made, samples).item()
-
-    least = energy(weights)
     for _ in range(20):
-        other = torch.rand(4, generator=rng).double() + 1e-3
-        assert energy(other / other.sum()) > least - 0.01
-
-
-def test_distances_between_cells_are_conditionally_negative():
-    cells = cell_samples(LINE, LINE.code, torch.Generator().manual_seed(0))
-    rows = cells.flatten(0, 1).double()
-    between = torch.cdist(rows, rows).view(4, len(cells[0]), 4, -1).mean((1, 3))
-    centred = torch.eye(4, dtype=torch.float64) - 0.25
-    assert torch.linalg.eigvalsh(centred @ between @ centred).max() <= 1e-9
+        other = torch.rand(3, generator=rng).double() + 1e-3
+        assert (densities @ (other / other.sum())).log().mean() < most + 0.01
 
 
 def test_one_sample_says_nothing_and_a_few_little():

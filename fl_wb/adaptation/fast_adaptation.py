@@ -10,9 +10,10 @@ alone memorises them, so three things are ours here:
 - the more samples there are, the more of them are learned as they are, and the less the start
   counts.
 
-A start that a gate made the target's own already (`fl_wb.adaptation.gates`) has few strangers left,
-which an anchor would hold: where it fits the few samples, its samples are two thirds of what is
-learned, in the anchor's place.
+A start that makes what the target wants among other things (of sources that know more classes, say,
+or where a gate, `fl_wb.adaptation.gates`, lets strangers in) gets no anchor, which would hold
+these. Where those of its samples that the few ask for (`fl_wb.adaptation.likeness`) fit them, these
+are two thirds of what is learned instead.
 
 A small generator whose target is new may be *transported* first: its samples are coupled optimally
 with the widened ones, and it is regressed on that coupling (`transport_pairs`).
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.adaptation.anchor import COMPARED, choose_anchor, worse
+from fl_wb.adaptation.likeness import likeness
 from fl_wb.adaptation.variation import labelled_bank, transport_pairs, variation_bank
 from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.latents import Draw
@@ -216,12 +218,14 @@ def adapt(
         pool = pool.to(few.device)
         anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
         gated = isinstance(guide, Reweighted) and guide.gate is not None
-        gated = gated and settings.anchor is None and anchor > 0
-        if gated:
-            anchor = 0.0
-        # an anchored or gated start makes what a few samples lack
-        unchanged = 0.0 if anchor or gated else max(0.0, 1 - SCARCE / len(few))
-        moves = settings.method == "transport" and not anchor and not gated
+        partly = settings.anchor is None and (gated or not anchor) and not form
+        wanted = _wanted(pool, few, seed) if partly else pool
+        partly = partly and choose_anchor(wanted, few) > 0
+        if partly:
+            anchor, pool = 0.0, wanted
+        # a start that fits, all of it or in part, makes what a few samples lack
+        unchanged = 0.0 if anchor or partly else max(0.0, 1 - SCARCE / len(few))
+        moves = settings.method == "transport" and not anchor and not partly
         if moves:
             # a regression keeps what blurs or draws together, where a WGAN makes up for it
             bank = widened(few, pool, towards=0.0, scale=0.6, unchanged=unchanged, seed=seed)
@@ -232,8 +236,7 @@ def adapt(
             distill(student, pairs, settings.transport, seed=seed, callback=first)
         else:
             bank = widened(few, pool, unchanged=unchanged, seed=seed)
-            if gated:
-                bank = torch.cat([bank, pool])
+            bank = torch.cat([bank, wanted]) if partly else bank
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
@@ -258,6 +261,13 @@ def adapt(
     if isinstance(adapted, LabelledGenerator):
         adapted = adapted.generator
     return undriven(adapted.to(home), generator)
+
+
+def _wanted(pool: Tensor, few: Tensor, seed: int) -> Tensor:
+    """Return as many samples of the pool again, drawn as often as the few ask for them."""
+    rng = torch.Generator().manual_seed(seed)
+    drawn = likeness(pool, few)(pool).multinomial(len(pool), replacement=True, generator=rng)
+    return pool[drawn.to(pool.device)]
 
 
 def _energy_to(bank: Tensor) -> Regularizer:

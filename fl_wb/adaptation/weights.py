@@ -2,21 +2,20 @@
 
 Ours, but for the inverse radii (Dedeoglu et al., arXiv 2101.09225). A generator that learned K
 measures by their code (`fl_wb.generators.code`) is a family of barycenters, one for each point w of
-the simplex. The energy distance of sum_k w_k mu_k and the samples Y is a squared norm,
-||sum_k w_k mu_k - Y||^2 with <mu, nu> = -E|X - X'| (Sejdinovic et al., "Equivalence of
-distance-based and RKHS-based statistics in hypothesis testing", Annals of Statistics, 2013), so
-that the best w is the point of the measures' hull that is nearest to Y: a convex programme.
+the simplex. How likely sum_k w_k mu_k makes a sample is linear in w, with a coefficient that the
+cells of the sample's nearest neighbours say, so that the likeliest w is a convex programme's, which
+needs no labels and no densities: of a mixture whose parts are known, by expectation maximisation
+(Dempster, Laird and Rubin, "Maximum likelihood from incomplete data via the EM algorithm", 1977).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
-import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
+from fl_wb.adaptation.likeness import DOUBT
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.reweighted import Reweighted
@@ -30,16 +29,22 @@ CELL = 250
 """Samples of each cell, at most: more of them fitted no better."""
 
 CELLS = 6400
-"""Samples of all cells together, at most: all pairs are compared."""
+"""Samples of all cells together, at most: all pairs with the few are compared."""
 
 BYTES = 64 << 20
 """Of these samples, at most."""
 
-FOLDS = 10
-"""In which samples are left out, to see how much of a fit to the others they bear out."""
+NEAREST = 10
+"""Samples of the cells that are compared with each of the few."""
 
-PRIOR = 40
-"""Of n samples, PRIOR / n more are imagined that are the shares' own: a few say too little."""
+PRIORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""So many samples are imagined, beside the few, that are as the shares say."""
+
+STRAYS = 0.02
+"""Share of the few samples that any cell may have made."""
+
+ROUNDS = 100
+"""Of expectation maximisation."""
 
 FOLDING = Distillation(1500, 128)
 
@@ -68,8 +73,8 @@ def fit_weights(
     samples : Tensor
         A few real samples (n, ...), n >= 1, of the shape that the generator makes.
     method : {"fitted", "radius", "uniform", "shares"}
-        ``fitted``: least energy distance, shrunk towards the code's shares as samples that were
-        left out ask for; one sample says nothing.
+        ``fitted``: the likeliest, shrunk towards the code's shares as far as makes each sample
+        likely by the others; one sample says nothing.
         ``radius``: the paper's inverse radii, w_k in proportion to 1 / W1(mu_k, samples), exactly.
         ``uniform``: all equal. ``shares``: the code's own.
     without : collection of int
@@ -113,7 +118,7 @@ def fit_weights(
         weights[kept] = inverse / inverse.sum()
     else:
         few = samples.detach().flatten(1).cpu().float()
-        weights[kept] = nearest_weights(cells, few, weights[kept])
+        weights[kept] = likeliest_weights(cells, few, weights[kept])
     return weights
 
 
@@ -134,8 +139,11 @@ def folded(generator: Reweighted, *, seed: int = 0) -> nn.Module:
     return student
 
 
-def nearest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:
-    """Return the weights (K,) of least energy distance to samples (n, d), shrunk.
+def likeliest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:
+    """Return the weights (K,) by which a mixture of cells makes samples (n, d) likeliest, shrunk.
+
+    Averaged over the shares themselves and `PRIORS`, by the likelihood of each sample given the
+    others.
 
     Parameters
     ----------
@@ -144,59 +152,26 @@ def nearest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:
     samples, shares : Tensor
         (n, d), and (K,) of sum 1.
     """
-    if len(samples) == 1:
+    n, (k, m, _) = len(samples), cells.shape
+    if n == 1:
         return shares
-    k, m, _ = cells.shape
-    rows = cells.flatten(0, 1)
-    between = torch.cdist(rows, rows).view(k, m, k, m).mean((1, 3), dtype=torch.float64)
-    away = torch.cdist(samples, rows).view(len(samples), k, m).mean(2, dtype=torch.float64)
-    within = torch.cdist(samples, samples).double()
-
-    def fitted(seen: Tensor) -> Tensor:
-        return _nearest(between, away[seen].mean(0), within[seen][:, seen].mean())
-
-    return shrunk(fitted, between, away, shares)
-
-
-def shrunk(
-    fitted: Callable[[Tensor], Tensor],
-    between: Tensor,
-    away: Tensor,
-    shares: Tensor,
-    *,
-    power: int = 2,
-    prior: int = PRIOR,
-) -> Tensor:
-    """Return weights (K,) that were fitted to samples, put back to the shares as these ask for.
-
-    By a power of the part of the way back that serves samples best which a fit has not seen. The
-    energy distance is quadratic in that part, so that it has a closed form; by the part itself,
-    what of strangers comes back costs more (measured) than it insures.
-
-    Parameters
-    ----------
-    fitted : callable
-        The weights (K,) fitted to some of the samples: those of a mask (n,).
-    between, away : Tensor
-        Mean distances between cells (K, K), and from each sample to each cell (n, K).
-    shares : Tensor
-        (K,) of sum 1.
-    power : int
-        See above.
-    prior : int
-        See `PRIOR`.
-    """
-    fold = torch.arange(len(away)) % FOLDS
-    imagined = prior / len(away) ** 2
-    slope = curvature = 0.0
-    for left_out in fold.unique():
-        weights = fitted(fold != left_out)
-        back, unseen = shares - weights, away[fold == left_out]
-        apart = -(back @ between @ back).item()
-        slope += ((between @ weights - unseen) @ back).sum().item() + imagined * len(unseen) * apart
-        curvature += (1 + imagined) * len(unseen) * apart
-    part = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-    return torch.lerp(fitted(fold >= 0), shares, part**power)
+    near = torch.cdist(samples, cells.flatten(0, 1)).topk(min(NEAREST, k * m), largest=False)
+    closeness = (-(near.values / near.values[:, -1:].clamp(min=1e-12)).square()).exp().double()
+    # how likely each cell makes each sample, but for a factor of the sample
+    likely = torch.zeros(n, k, dtype=torch.float64).scatter_add_(1, near.indices // m, closeness)
+    likely = likely / likely.sum(1, keepdim=True)
+    likely = (likely + STRAYS / k) / (1 + STRAYS)
+    found, likelihoods = [shares], [(likely @ shares).log().sum() + DOUBT]
+    for prior in PRIORS:
+        weights = shares
+        for _ in range(ROUNDS):
+            part = weights * likely
+            part = part / part.sum(1, keepdim=True)
+            weights = (part.sum(0) + prior * shares) / (n + prior)
+        others = (part.sum(0) - part + prior * shares) / (n - 1 + prior)
+        likelihoods.append((others * likely).sum(1).log().sum())
+        found.append(weights)
+    return torch.stack(likelihoods).softmax(0) @ torch.stack(found)
 
 
 @torch.no_grad()
@@ -212,17 +187,3 @@ def cell_samples(
         z = code.embed(cell, law.draw(len(cell), rng), latents=law)
         parts = [generator(part.to(device)).flatten(1).cpu() for part in in_batches(z, 1000)]
     return torch.cat(parts).float().view(k, m, -1)
-
-
-def _nearest(between: Tensor, away: Tensor, within: Tensor) -> Tensor:
-    """Return the weights of the point of the hull that is nearest to the samples.
-
-    The least w'Qw on the simplex, Q the products <mu_k - Y, mu_l - Y>, is up to its sum the least
-    w'Qw + (sum w - 1)^2 of w >= 0 (Lawson and Hanson, "Solving Least Squares Problems", 1974).
-    """
-    products = away.unsqueeze(1) + away - between - within
-    values, vectors = torch.linalg.eigh(products)
-    root = (values.clamp(min=0).sqrt() * vectors).T
-    system = torch.cat([root, torch.ones(1, len(away), dtype=root.dtype)]).numpy()
-    found = torch.from_numpy(nnls(system, np.eye(len(system))[-1])[0])
-    return found / found.sum()

@@ -1,0 +1,109 @@
+"""How much likelier than a generator a target makes each of the generator's samples.
+
+Ours. A few samples say little of where others are, but much by the shape of what the generator
+makes: from each of them a random walk goes from one of the generator's samples to one of its
+nearest, and so spreads over what is alike before it comes to what is not, as in label propagation
+(Zhu and Ghahramani, "Learning from labeled and unlabeled data with label propagation", 2002). How
+far it goes, and how sharply near and far are parted then, the few samples say themselves: by how
+likely it makes each of them from where the others start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+WALKED = 2000
+"""Of a generator's samples, where all pairs are compared."""
+
+STARTS = 300
+"""Of the few samples, from which walks start."""
+
+NEAREST, FIRST = 10, 20
+"""Neighbours to which a step goes, and the first one, from a sample that is none of these."""
+
+ALIKE = 3
+"""Samples of the walks whose ratios any other has."""
+
+DOUBLINGS = 8
+"""Walks of 1, 2, 4, ... steps."""
+
+SHARPER = tuple((level, power) for level in (1, 2, 4) for power in (2, 4))
+"""(m, p): where a walk comes r times as often as by chance, r^p / (r^p + m^p) is likely."""
+
+DOUBT = 8.0
+"""The generator's own shares count as if so much more likely, in log: two or three samples say
+little, where ten of one class are likelier by 20."""
+
+STRAYS = 0.05
+"""Share of the few samples that may be anything: the likelihood of none is 0."""
+
+
+def likeness(made: Tensor, few: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return how many times likelier a target makes a sample than the generator does.
+
+    Averaged over what the walks may be, by likelihoods of each of the few samples given the others;
+    1 everywhere is one of these, and is what one sample alone says.
+
+    Parameters
+    ----------
+    made : Tensor
+        Samples (N, ...) of the generator, of which the first `WALKED` are used.
+    few : Tensor
+        A few real samples (n, ...).
+
+    Returns
+    -------
+    callable
+        Maps the generator's samples (m, ...) to ratios (m,) >= 0, in float64 on the CPU.
+    """
+    rows, few = _rows(made[:WALKED]), _rows(few)
+    if len(few) > STARTS:
+        few = few[torch.linspace(0, len(few) - 1, STARTS).long()]
+    n, steps = len(few), _steps(rows)
+    first = _towards(few, rows, FIRST)
+    starts = torch.cat([len(rows) * first, _towards(rows, rows, FIRST + 1, without=1).sum(0, True)])
+    found, likelihoods = [torch.ones(len(rows))], [torch.tensor(DOUBT)]
+    for _ in range(DOUBLINGS if n > 1 else 0):
+        walks = starts @ steps
+        there = walks[:-1] / walks[-1].clamp(min=1e-3)  # times as often as by chance
+        others = (there.sum(0) - there) / (n - 1)
+        for level, power in SHARPER:
+            seen = (first * _sharper(others, level, power)).sum(1)
+            likelihoods.append(((1 - STRAYS) * seen + STRAYS).log().sum())
+            found.append(_sharper(there.mean(0), level, power))
+        steps = steps @ steps
+    ratio = torch.stack(likelihoods).softmax(0) @ torch.stack(found)
+    return lambda samples: (_towards(_rows(samples), rows, ALIKE) @ ratio).double()
+
+
+def _rows(samples: Tensor) -> Tensor:
+    return samples.detach().flatten(1).cpu().float()
+
+
+def _sharper(there: Tensor, level: float, power: float) -> Tensor:
+    """Part near from far (..., N), and put the mean back to 1."""
+    likely = 1 / (1 + (level / there.clamp(min=1e-6)) ** power)
+    return likely / likely.mean(-1, keepdim=True)
+
+
+def _steps(rows: Tensor) -> Tensor:
+    """Return the chances (N, N) of each step, from row to column, of a walk among near rows."""
+    near = torch.cdist(rows, rows).fill_diagonal_(torch.inf)
+    distance, index = near.topk(min(NEAREST, len(rows) - 1), largest=False)
+    radius = distance[:, -1].clamp(min=1e-12)
+    closeness = (-distance.square() / (radius.unsqueeze(1) * radius[index])).exp()
+    one_way = torch.zeros_like(near).scatter_(1, index, closeness)
+    both = one_way + one_way.T
+    return both / both.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+def _towards(samples: Tensor, rows: Tensor, k: int, *, without: int = 0) -> Tensor:
+    """Return the shares (n, N) of the k rows nearest to each sample, but for the nearest ones."""
+    distance, index = torch.cdist(samples, rows).topk(min(k, len(rows)), largest=False)
+    distance, index = distance[:, without:], index[:, without:]
+    closeness = (-(distance / distance[:, -1:].clamp(min=1e-12)).square()).exp()
+    shares = closeness / closeness.sum(1, keepdim=True)
+    return torch.zeros(len(samples), len(rows)).scatter_(1, index, shares)
