@@ -14,6 +14,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from fl_wb.adaptation.anchor import choose_anchor
 from fl_wb.adaptation.likeness import WALKED, likeness
 from fl_wb.adaptation.weights import fit_weights
 from fl_wb.generators.code import Code
@@ -81,7 +82,10 @@ def fit_gate(
         return None
     parts = law.draw(LATENTS, torch.Generator().manual_seed(seed)).to(device).split(1000)
     with sampling(generator):
-        asked = likeness(torch.cat([generator(z) for z in parts[: WALKED // 1000]]), samples)
+        made = torch.cat([generator(z) for z in parts[: WALKED // 1000]])
+        if choose_anchor(made, samples.to(made)):
+            return None
+        asked = likeness(made, samples)
         ratio = torch.cat([asked(generator(z)) for z in parts])
     if (ratio - 1).abs().mean() / 2 <= NOTICED:
         return None
