@@ -5,11 +5,10 @@
 
 A piece of the page is a shell block of one command, ``.venv/bin/python -m benchmarks...``, and the
 table that follows it: the last one that the command prints. With WORDs, pieces whose command has
-one of them. Commands run two at a time, one thread each; what they print is kept in the folder, so
-that a call that was stopped can be given again, and sources that several train are trained once.
-Pieces of other code than the one that is checked out are refused, and so is code that is not
-committed: figures of two versions never stand side by side. Once all pieces of the page are there,
-its line "Of the commit ..." says which.
+one of them. Commands run two at a time, one thread each. What they print is kept in the folder, by
+the code that printed it, so that a call that was stopped can be given again, sources that several
+train are trained once, and figures of two versions never meet; code that is not committed is
+refused. Once all pieces of the page are there, its line "Of the commit ..." says which.
 """
 
 from __future__ import annotations
@@ -47,22 +46,18 @@ class Piece:
     command: str
     kept: Path
 
-    def printed(self, code: str) -> str | None:
-        """Return what the command printed, or None; SystemExit if other code printed it."""
-        if not self.kept.exists():
-            return None
-        head, text = self.kept.read_text("utf-8").split("\n", 1)
-        if head != code:
-            raise SystemExit(f"{self.kept} is of other code ({head}, not {code}): another --folder")
-        return text
+    def printed(self) -> str | None:
+        """Return what the command printed, or None."""
+        return self.kept.read_text("utf-8") if self.kept.exists() else None
 
-    def run(self, code: str, names: dict[str, str]) -> None:
+    def run(self, names: dict[str, str]) -> None:
         """Run the command, unless it has been."""
-        if self.printed(code) is not None:
+        if self.kept.exists():
             return
         began = time.perf_counter()
         words = [names.get(w, w) for w in shlex.split(self.command.replace("\\\n", " "))]
         words = [re.sub(r"(?<==)\w+$", lambda m: names.get(m[0], m[0]), word) for word in words]
+        words = [re.sub(r"^evidence(?=/)", str(self.kept.parent), word) for word in words]
         own = {"OMP_NUM_THREADS": "1", KEPT_SOURCES: str(self.kept.parent / "sources")}
         done = subprocess.run(
             [sys.executable, *words],
@@ -75,7 +70,7 @@ class Piece:
         if done.returncode or not TABLE.search(done.stdout):
             print(f"# failed ({done.returncode}): {self.command}", flush=True)
             return
-        write_atomic(self.kept, f"{code}\n{done.stdout}".encode())
+        write_atomic(self.kept, done.stdout.encode())
         print(f"# {time.perf_counter() - began:.0f} s: {self.command}", flush=True)
 
 
@@ -136,18 +131,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     commit, code = code_here()
     names = dict(word.split("=", 1) for word in given.set)
-    folder = given.folder.resolve()
+    folder = given.folder.resolve() / code[:12]
     folder.mkdir(parents=True, exist_ok=True)
     everything = pieces_of(given.page.read_text("utf-8"), folder)
     words = [] if "all" in given.which else given.which
     chosen = [p for p in everything if not words or any(word in p.command for word in words)]
     if not chosen:
         parser.error(f"no command of {given.page} has one of: {', '.join(given.which)}")
-    for piece in everything:
-        piece.printed(code)  # refuses what is of other code before anything starts
     with ThreadPoolExecutor(given.workers) as pool:
-        list(pool.map(lambda piece: piece.run(code, names), chosen))
-    printed = {p.command: text for p in everything if (text := p.printed(code)) is not None}
+        list(pool.map(lambda piece: piece.run(names), chosen))
+    printed = {p.command: text for p in everything if (text := p.printed()) is not None}
     page = filled(given.page.read_text("utf-8"), printed)
     if len(printed) == len(everything):
         page = COMMIT.sub(commit, page)
