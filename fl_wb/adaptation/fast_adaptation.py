@@ -10,10 +10,10 @@ alone memorises them, so three things are ours here:
 - the more samples there are, the more of them are learned as they are, and the less the start
   counts.
 
-A start that makes what the target wants among other things (of sources that know more classes, say,
-or where a gate, `fl_wb.adaptation.gates`, lets strangers in) gets no anchor, which would hold
-these. Where those of its samples that the few ask for (`fl_wb.adaptation.likeness`) fit them, these
-are two thirds of what is learned instead.
+A start that a gate made the target's own (`fl_wb.adaptation.gates`) has strangers left, which an
+anchor would hold. Where those of its samples that the few ask for (`fl_wb.adaptation.likeness`) fit
+them, these are two thirds of what is learned, in the anchor's place. Not of other starts: they
+may lack some of the target's classes (measured), which then are learned too little.
 
 A small generator whose target is new may be *transported* first: its samples are coupled optimally
 with the widened ones, and it is regressed on that coupling (`transport_pairs`).
@@ -217,8 +217,8 @@ def adapt(
             few = few[order[:MANY].to(few.device)]
         pool = pool.to(few.device)
         anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
-        gated = isinstance(guide, Reweighted) and guide.gate is not None
-        partly = settings.anchor is None and (gated or not anchor) and not form
+        partly = isinstance(guide, Reweighted) and guide.gate is not None
+        partly = partly and settings.anchor is None and not form
         wanted = _wanted(pool, few, seed) if partly else pool
         partly = partly and choose_anchor(wanted, few) > 0
         if partly:
