@@ -93,13 +93,15 @@ def test_the_papers_start_moves_from_the_previous_generator_towards_the_new_one(
 
 
 def test_a_small_part_keeps_its_shape():
-    nu = merged([LEFT, RIGHT], [0.95, 0.05])
-
-    samples = generate(nu, 8000, seed=1)
-    small = samples[samples[:, 0] > 0]
-    assert len(small) / len(samples) == pytest.approx(0.05, abs=0.02)
-    # 0.27 if it gets one latent of twenty in training, where it gets one of ten
-    assert energy_distance(small, generate(Gaussian(RIGHT), 2000, seed=4)) < 0.2
+    distances = []
+    for seed in range(3):
+        nu = merged([LEFT, RIGHT], [0.95, 0.05], seed=seed)
+        samples = generate(nu, 8000, seed=1)
+        small = samples[samples[:, 0] > 0]
+        assert len(small) / len(samples) == pytest.approx(0.05, abs=0.025)
+        distances.append(energy_distance(small, generate(Gaussian(RIGHT), 2000, seed=4)))
+    # 0.27 if it gets one latent of twenty in training, where it gets one of ten: 0.19
+    assert sum(distances) / 3 < 0.23
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0)])

@@ -35,6 +35,7 @@ log = logging.getLogger("flwr")
 
 STEPS = ("few", "bank", "barycenter", "reweighted", "adapted", "ternary", "real")
 EVENTS = 20  # iterations between two points of a loss curve
+GATE = 1 << 16  # bytes, at most, of the gate in a target's packed generator
 
 
 class Results:
@@ -74,7 +75,7 @@ class Results:
         network = seeded(generator, 0)
         self._shape = tuple(self._drawn(network, 2).shape[1:])
         self._album = Album(tracker, self._shape)
-        self._most = sum(len(a.data) for a in records.to_arrays(network).values())
+        self._most = sum(len(a.data) for a in records.to_arrays(network).values()) + GATE
         self._bar = progress("Barycenter")
         self._began = perf_counter()
 
