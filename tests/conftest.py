@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
@@ -25,6 +26,18 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_gates(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fit gates in a fraction of the time, but in the tests of how good they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem not in ("test_gate", "test_likeness", "test_own_barycenter"):
+            patch.setattr("fl_wb.adaptation.likeness.WALKED", 1000)
+            patch.setattr("fl_wb.adaptation.gates.WALKED", 1000)
+            patch.setattr("fl_wb.adaptation.gates.LATENTS", 4000)
+            patch.setattr("fl_wb.adaptation.gates.ITERATIONS", 200)
+        yield
 
 
 @pytest.fixture(scope="session")
