@@ -38,6 +38,7 @@ SENT = {
     11: (1.0, 1.2, 0.9),  # goes on
     12: (1.0, -1.0, -1.1),  # begins anew in round 2
     13: (1.0, 1.0, 1.4),  # did not learn in round 2
+    14: (1.0, 1.2, 1.2),  # nor in round 3
 }
 
 
@@ -84,6 +85,7 @@ def test_what_goes_on_is_averaged_and_what_begins_anew_is_not() -> None:
     assert merged[11] == pytest.approx(((1.0 + 1.2) / 2 + 0.9) / 2)
     assert merged[12] == pytest.approx((-1.0 - 1.1) / 2)  # not (0 - 1.1) / 2
     assert merged[13] == pytest.approx((1.0 + 1.4) / 2)  # the same again is no step
+    assert merged[14] == pytest.approx((1.0 + 1.2) / 2)
     # a node goes on from what it sent itself
     assert {node: scales[1:] for node, scales in given.items()} == {
         node: pytest.approx(list(scales[:-1])) for node, scales in SENT.items()
@@ -104,18 +106,13 @@ def test_a_mean_at_which_the_network_fails_is_none() -> None:
 
 
 def test_the_measure_that_is_merged_is_the_mean() -> None:
-    """Both nodes' means are 1, and so is the barycenter; their last generators' is not."""
-    _, _, strategy = run({11: (1.5, 0.5), 12: (0.5, 1.5)})
+    """The barycenter of one node is its generator: here the mean, not the last that it sent."""
+    _, _, strategy = run({11: (1.5, 0.5)})
     assert strategy._coalescence is not None
     merged = strategy._coalescence._merged
-    assert merged is not None
-    uploads = strategy._coalescence.uploads
-    assert len({upload.merged for upload in uploads.ordered()}) == 1
-    assert {upload.merged for upload in uploads.ordered()}.isdisjoint(
-        upload.digest for upload in uploads.ordered()
-    )
-    names = [name for _, _, name, _ in uploads.made_of]
-    assert names == [upload.mean for upload in uploads.ordered()]
+    assert merged is not None and float(merged["scale"]) == 1.0
+    (upload,) = strategy._coalescence.uploads.ordered()
+    assert upload.merged == upload.mean != upload.digest
 
 
 def test_a_mean_is_kept_on_disk_and_what_is_lost_of_it_costs_the_upload(tmp_path: Path) -> None:
@@ -125,13 +122,13 @@ def test_a_mean_is_kept_on_disk_and_what_is_lost_of_it_costs_the_upload(tmp_path
     uploads, _ = Memory(tmp_path / "nodes", model).load()
     means = {node: uploads.mean(upload) for node, upload in uploads.of_nodes().items()}
     assert {node: float(mean["scale"]) for node, mean in means.items() if mean} == pytest.approx(
-        {11: 1.0, 12: -1.05, 13: 1.2}
+        {11: 1.0, 12: -1.05, 13: 1.2, 14: 1.1}
     )
 
     lost = uploads.of_nodes()[11]
     (tmp_path / "nodes" / f"{lost.mean}.safetensors").unlink()
     found, _ = Memory(tmp_path / "nodes", model).load()
-    assert sorted(found.of_nodes()) == [12, 13] and found.changed
+    assert sorted(found.of_nodes()) == [12, 13, 14] and found.changed
 
 
 def test_a_mean_goes_with_its_node() -> None:
@@ -141,6 +138,18 @@ def test_a_mean_goes_with_its_node() -> None:
     assert upload.merged == upload.mean != upload.digest
     kept.put(2, {1: (1.0, "sent", one)}, [1])
     assert kept.changed and kept.mean(kept.ordered()[0]) is None
+    assert kept._states.get("1-mean") is None
     kept.put(3, {1: (1.0, "sent", one)}, [1], means={1: {"a": torch.zeros(1)}})
     kept.drop(1)
     assert kept._states.get("1-mean") is None
+
+
+def test_what_is_kept_is_counted_once_however_many_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fl_wb.federation.uploads.MEMORY", 20)  # two nodes and their means: 16
+    kept, one = Uploads(), {"a": torch.ones(1)}
+    for number in range(1, 6):
+        sent = {node: (1.0, f"{node} {number}", one) for node in (1, 2)}
+        kept.put(number, sent, [1, 2], means={1: one, 2: one})
+    assert kept._states.folder is None
+    kept.put(6, {3: (1.0, "3", one)}, [3], means={3: one})
+    assert kept._states.folder is not None

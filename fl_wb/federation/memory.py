@@ -7,7 +7,6 @@ whole of one round's end or of the one before.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections.abc import Mapping
@@ -30,7 +29,6 @@ log = logging.getLogger("flwr")
 
 VERSION = 1
 INDEX = "index.json"
-FILES = ("file", "mean_file")  # of what a node sent, and of what is merged in its place
 
 
 class Memory:
@@ -49,26 +47,27 @@ class Memory:
         self._model = {
             name: [str(value.dtype), list(value.shape)] for name, value in sorted(model.items())
         }
-        self._files: dict[Upload, tuple[str, ...]] = {}  # that are on disk
+        self._files: dict[Upload, str] = {}  # that are on disk
 
     def save(self, uploads: Uploads, merged: State | None, server_round: int) -> None:
         """Keep a round's end. A disk that refuses costs the memory, with a warning, not the run."""
         try:
-            kept = {key: self._files_of(uploads, upload) for key, upload in uploads.all().items()}
+            kept = {key: self._file_of(uploads, upload) for key, upload in uploads.all().items()}
             index = {
                 "version": VERSION,
                 "model": self._model,
                 "round": server_round,
                 "changed": uploads.changed,
                 "uploads": {
-                    key: asdict(upload) | dict(zip(FILES, kept[key], strict=False))
+                    key: asdict(upload) | {"file": kept[key]}
                     for key, upload in uploads.all().items()
                 },
                 "merged": None if merged is None else self._write(merged),
             }
             write_atomic(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
             self._files = {upload: kept[key] for key, upload in uploads.all().items()}
-            named = {*itertools.chain(*kept.values()), index["merged"]}
+            means = (upload.mean for upload in uploads.all().values())
+            named = {*kept.values(), *means, index["merged"]}
             for path in self.folder.glob("*.safetensors"):
                 if path.stem not in named:
                     path.unlink(missing_ok=True)
@@ -88,9 +87,9 @@ class Memory:
             merged = None if index["merged"] is None else self._read(index["merged"])
             found = {}
             for key, entry in index["uploads"].items():
-                files = [str(entry.pop(name)) for name in FILES if name in entry]
+                file = str(entry.pop("file"))
                 upload = Upload(**entry | {"labels": tuple(entry.get("labels", ()))})
-                found[key] = replace(upload, round=upload.round - index["round"]), files
+                found[key] = replace(upload, round=upload.round - index["round"]), file
         except FileNotFoundError:
             return uploads, None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -99,24 +98,26 @@ class Memory:
             log.warning("the server's memory in %s is set aside: %s", self.folder, error)
             return uploads, None
         lost = False
-        for key, (upload, files) in found.items():
+        for key, (upload, file) in found.items():
             try:
-                states = [self._read(file) for file in files]
+                state = self._read(file)
+                mean = self._read(upload.mean) if upload.mean else None
             except (OSError, ValueError) as error:
                 log.warning("the upload of node %s is left out: %s", key, error)
                 lost = True
             else:
-                uploads.restore(None if key == FOLDED else int(key), upload, *states)
-                self._files[upload] = tuple(files)
+                uploads.restore(None if key == FOLDED else int(key), upload, state, mean)
+                self._files[upload] = file
         uploads.changed = lost or bool(index["changed"])
         return uploads, merged
 
-    def _files_of(self, uploads: Uploads, upload: Upload) -> tuple[str, ...]:
+    def _file_of(self, uploads: Uploads, upload: Upload) -> str:
+        """Return the file of what a node sent; what is merged in its place has the mean's name."""
         if upload in self._files:
             return self._files[upload]
-        mean = uploads.mean(upload)
-        states = [uploads.state(upload), *([] if mean is None else [mean])]
-        return tuple(map(self._write, states))
+        if (mean := uploads.mean(upload)) is not None:
+            self._write(mean)
+        return self._write(uploads.state(upload))
 
     def _write(self, state: State) -> str:
         name = digest(state)

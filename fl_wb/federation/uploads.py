@@ -74,7 +74,8 @@ class Uploads:
         self._folded: Upload | None = None
         self.changed = False  # since its owner last said that it is not
         self._states = StageStore()
-        self._bytes = 0
+        self._bytes: dict[str, int] = {}  # of what is kept, by its key
+        self._total = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __len__(self) -> int:
@@ -166,7 +167,7 @@ class Uploads:
             if mean:
                 self._keep(_mean_key(now), mean)
             else:
-                self._states.drop(_mean_key(now))
+                self._let_go(_mean_key(now))
 
     def _rename(
         self, arrived: dict[int, tuple[float, str, State]], connected: Collection[int]
@@ -198,7 +199,7 @@ class Uploads:
 
     def _drop_states(self, upload: Upload) -> None:
         for key in (upload.key, _mean_key(upload)):
-            self._states.drop(key)
+            self._let_go(key)
 
     def fold(
         self,
@@ -233,8 +234,10 @@ class Uploads:
         return len(gone)
 
     def _keep(self, key: str, state: State) -> None:
-        self._bytes += sum(value.numel() * value.element_size() for value in state.values())
-        if self._bytes > MEMORY and self._folder is None:
+        size = sum(value.numel() * value.element_size() for value in state.values())
+        self._total += size - self._bytes.get(key, 0)
+        self._bytes[key] = size
+        if self._total > MEMORY and self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="fl-wb-uploads-")
             on_disk = StageStore(Path(self._folder.name))
             for upload in self.ordered():
@@ -243,6 +246,10 @@ class Uploads:
                         on_disk.put(old, found)
             self._states = on_disk
         self._states.put(key, state)
+
+    def _let_go(self, key: str) -> None:
+        self._total -= self._bytes.pop(key, 0)
+        self._states.drop(key)
 
 
 def _mean_key(upload: Upload) -> str:
