@@ -75,7 +75,7 @@ class Results:
         network = seeded(generator, 0)
         self._shape = tuple(self._drawn(network, 2).shape[1:])
         self._album = Album(tracker, self._shape)
-        self._most = sum(len(a.data) for a in records.to_arrays(network).values()) + GATE
+        self._most = sum(len(a.data) for a in records.to_arrays(network).values())
         self._bar = progress("Barycenter")
         self._began = perf_counter()
 
@@ -249,7 +249,7 @@ class Results:
 
     def _keep_ternary(self, name: str, content: RecordDict) -> None:
         # An ensemble is of as many generators as there are sources.
-        packed = replies.packed(content, self._most * max(len(self.sources), 1))
+        packed = replies.packed(content, self._most * max(len(self.sources), 1) + GATE)
         if packed is None:
             return
         ternary.unpack(packed, self._network(_shapes(parse(packed)[1])))
