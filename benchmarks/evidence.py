@@ -14,6 +14,7 @@ refused. Once all pieces of the page are there, its line "Of the commit ..." say
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shlex
@@ -80,7 +81,8 @@ def pieces_of(page: str, folder: Path) -> list[Piece]:
     for match in PIECE.finditer(page):
         command = match["command"]
         name = re.sub(r"\W+", "-", command.removeprefix("-m benchmarks.")).strip("-")
-        found.append(Piece(command, folder / f"{name[:120]}.txt"))
+        own = hashlib.sha256(command.encode()).hexdigest()[:8]
+        found.append(Piece(command, folder / f"{name[:80]}-{own}.txt"))
     return found
 
 
@@ -146,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         page = COMMIT.sub(commit, page)
     write_atomic(given.page, page.encode())
     print(f"# {len(printed)} of {len(everything)} pieces of {given.page}")
+    if any(piece.printed() is None for piece in chosen):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
