@@ -11,7 +11,7 @@ from fl_wb.generators.latents import Latents
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import energy_distance
 from fl_wb.training.distillation import Distillation
-from fl_wb.training.statistics import settle
+from fl_wb.training.statistics import hold, settle
 from fl_wb.training.wgan import Training
 from tests.points import same
 
@@ -90,6 +90,61 @@ def test_statistics_after_a_long_training_are_of_more_latents() -> None:
     assert error(131_072) < 0.6 * error(0) < 0.6 * 0.04
 
 
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_held_statistics_become_true_and_all_that_is_made_stays(convolutional: bool) -> None:
+    # Prepare: statistics that are far from those of what is made
+    shape, layer, norm = (
+        ((4, 3, 3), nn.Conv2d(4, 6, 2), nn.BatchNorm2d(6))
+        if convolutional
+        else ((36,), nn.Linear(36, 6), nn.BatchNorm1d(6))
+    )
+    head = [nn.Unflatten(1, shape)] if convolutional else []
+    network = nn.Sequential(*head, layer, norm, nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    z = torch.randn(5000, 36, generator=torch.Generator().manual_seed(3))
+    network.eval()(z)
+    for value in (norm.running_mean, norm.weight, norm.bias):
+        nn.init.uniform_(value, 0.5, 2)
+    nn.init.uniform_(norm.running_var, 0.1, 3)
+    before = network(z).detach()
+
+    # Execute
+    held = hold(network.train())
+    settle(network, Latents(36), held=held)
+
+    # Assert
+    assert held == [norm] and not norm.training and network.training
+    torch.testing.assert_close(network.eval()(z), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(network.train()(z), before, atol=0.3, rtol=0.1)
+
+
+def test_what_could_not_make_up_for_other_statistics_is_not_held() -> None:
+    frozen = nn.BatchNorm1d(4)
+    frozen.weight.requires_grad_(False)
+    norms = [
+        nn.BatchNorm1d(4, affine=False),
+        nn.BatchNorm1d(4, track_running_stats=False),
+        nn.InstanceNorm1d(4, affine=True),
+        frozen,
+    ]
+    assert hold(nn.Sequential(*norms)) == []
+    assert all(norm.training for norm in norms)
+
+
+def test_the_second_half_of_a_distillation_sees_the_statistics_that_stay() -> None:
+    modes: list[bool] = []
+
+    class Watched(Normalised):
+        def forward(self, z: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                modes.append(self.net[1].training)
+            return super().forward(z)
+
+    stage = Stage(distillation=Distillation(iterations=10, batch_size=50))
+    nu = recursive_barycenter([Watched("batch", -4.0), Watched("batch", 4.0)], stage=stage)
+    assert modes[-10:] == [True] * 5 + [False] * 5
+    assert not nu.training and not nu.net[1].training
+
+
 def test_a_merge_takes_its_statistics_of_latents_by_the_pairs_it_has_learned() -> None:
     shown: list[int] = []
 
@@ -101,7 +156,7 @@ def test_a_merge_takes_its_statistics_of_latents_by_the_pairs_it_has_learned() -
 
     stage = Stage(distillation=Distillation(iterations=40, batch_size=1000))
     recursive_barycenter([Counted("batch", -4.0), Counted("batch", 4.0)], stage=stage)
-    assert 9_000 < sum(shown) <= 10_000
+    assert 9_000 < sum(shown) <= 10_000  # once, after half of the iterations
 
 
 @pytest.mark.parametrize("wgan", [0, 20])

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -194,6 +195,7 @@ class Merge:
         rng = torch.Generator(self.device).manual_seed(seed)
         pool = self._pool([self._on_device(measure) for measure in measures], rng, student)
         learning(student)
+        statistics = partial(settle, latents=self.latents, trained=len(pool.z), seed=seed)
         if settings.start == "distilled":
             distill(
                 student,
@@ -202,6 +204,7 @@ class Merge:
                 seed=seed,
                 callback=callback,
                 checkpoint=start,
+                statistics=statistics,
             )
         if settings.training.iterations:
             reals = [resample(pool.samples(min(settings.training.reals, CRITICS_POOL), rng))]
@@ -218,7 +221,8 @@ class Merge:
                 callback=callback,
                 checkpoint=training,
             ).generator
-        settle(student, self.latents, len(pool.z), seed=seed)
+        if settings.training.iterations or settings.start == "previous":
+            statistics(student)
         start.clear()
         training.clear()
         return student.eval()

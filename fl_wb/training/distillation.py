@@ -21,6 +21,7 @@ from fl_wb.generators.sampling import device_of
 from fl_wb.settings import Settings, above, at_least
 from fl_wb.training.checkpoints import Checkpoint, TrainingState
 from fl_wb.training.random_numbers import own_random_numbers
+from fl_wb.training.statistics import hold
 from fl_wb.training.wgan import Progress
 from fl_wb.transport import energy_distance
 
@@ -80,6 +81,7 @@ def distill(
     groups: Sequence[dict[str, object]] | None = None,
     callback: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    statistics: Callable[..., None] | None = None,
 ) -> None:
     """Train `student`, in place, to make of each latent z the sample x that it is paired with.
 
@@ -105,6 +107,11 @@ def distill(
         iterations it has decayed to zero (``until``, 1 by default).
     seed, callback, checkpoint
         As in `fl_wb.training.wgan.train_wgan`.
+    statistics : callable, optional
+        `fl_wb.training.statistics.settle` but for the generator, of a student in train mode. After
+        half of the iterations its normalisations take the statistics of all latents and keep them:
+        what a batch's would make of a sample hangs on the others of the batch, and those of all
+        make another sample, which the second half mends. In the end they are true, in both modes.
     """
     rng = torch.Generator(device_of(student)).manual_seed(seed)
     trained = [p for p in student.parameters() if p.requires_grad]
@@ -114,10 +121,15 @@ def distill(
     state = TrainingState({"student": student}, {"student": adam}, rng)
     if checkpoint:
         state.resume(checkpoint)
+    half = settings.iterations // 2
+    held = hold(student) if statistics and state.iteration > half else []
     while state.iteration < settings.iterations:
         for group, (rate, until) in zip(adam.param_groups, rates, strict=True):
             x = min(state.iteration / settings.iterations / until, 1.0)
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * x))
+        if statistics and state.iteration == half:
+            statistics(student)
+            held = hold(student)
         z, target, *cells = pairs(batch, rng)
         with own_random_numbers(seed + state.iteration):
             samples = student(z)
@@ -131,3 +143,7 @@ def distill(
             state.save_if_due(checkpoint)
         if callback:
             callback(state.iteration, settings.iterations, {"distillation": loss.item()})
+    if statistics:
+        statistics(student, held=held)
+        for norm in held:
+            norm.train()

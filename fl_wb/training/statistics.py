@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,8 +32,35 @@ def learning(generator: nn.Module) -> nn.Module:
     return generator
 
 
+def hold(generator: nn.Module) -> list[_BatchNorm]:
+    """Have normalisations keep the statistics that they have; return those that could.
+
+    These are in eval mode then. Those without weights of their own, or with frozen ones, cannot:
+    `settle` could not make up for the difference to their true statistics.
+    """
+    held = [
+        part
+        for part in generator.modules()
+        if isinstance(part, _BatchNorm)
+        and part.running_mean is not None
+        and part.weight is not None
+        and part.weight.requires_grad
+        and part.bias.requires_grad
+    ]
+    for norm in held:
+        norm.eval()
+    return held
+
+
 @torch.no_grad()
-def settle(generator: nn.Module, latents: Latents, trained: int = 0, *, seed: int = 0) -> None:
+def settle(
+    generator: nn.Module,
+    latents: Latents,
+    trained: int = 0,
+    *,
+    seed: int = 0,
+    held: Sequence[_BatchNorm] = (),
+) -> None:
     """Give a generator, in place, the statistics of what it makes of its latents.
 
     Normalisations get the statistics of all batches together (as by torch's ``update_bn``), but for
@@ -49,6 +78,9 @@ def settle(generator: nn.Module, latents: Latents, trained: int = 0, *, seed: in
         are off by 1 / sqrt(n) of a unit's deviation, and all that is made moves with them.
     seed : int
         Of the latents.
+    held : sequence of nn.Module
+        Normalisations that were trained with statistics of their own (`hold`): they get the true
+        ones, too, and weights with which they still make what they made.
     """
     modes = {part: part.training for part in generator.modules()}
     rng = torch.Generator(device_of(generator)).manual_seed(seed)
@@ -56,6 +88,8 @@ def settle(generator: nn.Module, latents: Latents, trained: int = 0, *, seed: in
     batches = latents.draw(number * BATCH, rng).split(BATCH)
     with own_random_numbers(seed):
         learning(generator)
+        for norm in held:
+            norm.eval()
         for batch in batches[:BATCHES]:
             generator(batch)
         norms = [p for p in generator.modules() if isinstance(p, _BatchNorm) and p.training]
@@ -63,12 +97,48 @@ def settle(generator: nn.Module, latents: Latents, trained: int = 0, *, seed: in
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all
-        for batch in batches if norms else ():
+        inputs = [_Inputs(norm) for norm in held]
+        for batch in batches if norms or held else ():
             generator(batch)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        for each in inputs:
+            each.absorb()
     for part, training in modes.items():
         part.training = training
+
+
+class _Inputs:
+    """Mean and variance of what a normalisation is called with."""
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        self._norm, self._sums = norm, torch.zeros(3, norm.num_features, dtype=torch.float64)
+        self._hook = norm.register_forward_pre_hook(self._look)
+
+    def _look(self, norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+        values = given[0].transpose(0, 1).flatten(1)
+        n, variance, mean = values.shape[1], *torch.var_mean(values, 1, correction=0)
+        variance, mean = variance.cpu().double(), mean.cpu().double()
+        self._sums += n * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
+
+    def absorb(self) -> None:
+        """Give them to the normalisation, which goes on making the same of the same.
+
+        In eval mode it makes w (x - m) / sqrt(v + eps) + b: an affine map, which has other w and b
+        for other m and v.
+        """
+        self._hook.remove()
+        norm = self._norm
+        n, total, squares = self._sums
+        mean = total / n
+        variance = (squares / n - mean.square()).clamp(min=0) * n / (n - 1)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        m, v, w = (x.cpu().double() for x in (norm.running_mean, norm.running_var, norm.weight))
+        norm.bias += ((mean - m) * w / (v + norm.eps).sqrt()).to(norm.bias)
+        norm.weight *= ((variance + norm.eps) / (v + norm.eps)).sqrt().to(norm.weight)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
 
 
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
