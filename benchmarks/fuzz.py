@@ -126,24 +126,28 @@ def bombs(folder: Path) -> Iterator[Path]:
         path.write_bytes(blank_png(*size))
         yield path
     packed = folder / "images-idx3-ubyte.gz"
-    with gzip.open(packed, "wb", 1) as file:
-        file.write(bytes([0, 0, 8, 3]) + struct.pack(">3I", 1 << 31, 1, 1))
+    zeros = gzip.compress(bytes(1 << 20), 1)  # once: a gzip file may be many, one behind the other
+    with packed.open("wb") as file:
+        file.write(gzip.compress(bytes([0, 0, 8, 3]) + struct.pack(">3I", 1 << 31, 1, 1)))
         for _ in range(1 << 11):
-            file.write(bytes(1 << 20))
+            file.write(zeros)
     yield packed
 
 
 def blank_png(width: int, height: int) -> bytes:
-    """Return a PNG of one transparent colour, row by row: it is never unpacked here."""
+    """Return a PNG of one transparent colour, packed row by row: it is never unpacked here."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = struct.pack(">I", zlib.crc32(kind + data))
         return struct.pack(">I", len(data)) + kind + data + checksum
 
-    packer = zlib.compressobj(9)
-    rows = [packer.compress(bytes([0]) + bytes([3, 4, 5, 6]) * width) for _ in range(height)]
+    row, checksum = bytes([0]) + bytes([3, 4, 5, 6]) * width, 1
+    for _ in range(height):
+        checksum = zlib.adler32(row, checksum)
+    packer = zlib.compressobj(9, wbits=-15)
+    packed = packer.compress(row) + packer.flush(zlib.Z_FULL_FLUSH)  # all rows are packed alike
+    data = b"\x78\xda" + packed * height + packer.flush() + struct.pack(">I", checksum)
     header = struct.pack(">2I5B", width, height, 8, 6, 0, 0, 0)
-    data = b"".join([*rows, packer.flush()])
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
 

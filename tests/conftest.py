@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -20,6 +21,12 @@ from tests.fresh import copy_repository, make_environment
 torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """Leave what all tests share, a million objects, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Begin each test, fixtures included, in one random state: none hangs on those before it."""
@@ -33,11 +40,22 @@ def quick_gates(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fit gates in a fraction of the time, but in the tests of how good they are."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem not in ("test_gate", "test_likeness", "test_own_barycenter"):
-            patch.setattr("fl_wb.adaptation.likeness.WALKED", 1000)
-            patch.setattr("fl_wb.adaptation.gates.WALKED", 1000)
-            patch.setattr("fl_wb.adaptation.gates.LATENTS", 4000)
-            patch.setattr("fl_wb.adaptation.gates.ITERATIONS", 200)
+            hasten(patch)
         yield
+
+
+@pytest.fixture
+def quick_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do so for one test of those modules, too, which asks what becomes of a gate."""
+    hasten(monkeypatch)
+
+
+def hasten(patch: pytest.MonkeyPatch) -> None:
+    """Have gates learned from few latents, in few steps."""
+    patch.setattr("fl_wb.adaptation.likeness.WALKED", 1000)
+    patch.setattr("fl_wb.adaptation.gates.WALKED", 1000)
+    patch.setattr("fl_wb.adaptation.gates.LATENTS", 4000)
+    patch.setattr("fl_wb.adaptation.gates.ITERATIONS", 200)
 
 
 @pytest.fixture(scope="session")

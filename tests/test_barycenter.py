@@ -56,7 +56,7 @@ def shares(samples: Tensor, centres: Sequence[Sequence[float]]) -> Tensor:
 @lru_cache
 def two_sources() -> tuple[Tensor, Tensor, float]:
     """Draw samples of the two Gaussians, and take their distance."""
-    left, right = generate(Gaussian(LEFT), 2000, seed=2), generate(Gaussian(RIGHT), 2000, seed=3)
+    left, right = generate(Gaussian(LEFT), 1000, seed=2), generate(Gaussian(RIGHT), 1000, seed=3)
     return left, right, wasserstein1(left, right)
 
 
@@ -67,7 +67,8 @@ def test_a_stage_ends_on_its_geodesic(geodesic: str, t: float):
 
     samples = generate(nu, 2000, seed=1)
     left, right, apart = two_sources()
-    assert (wasserstein1(samples, left) + wasserstein1(samples, right)) / apart <= 1.05
+    some = samples[:1000]  # exactly transported, which 2000 are in five times the time
+    assert (wasserstein1(some, left) + wasserstein1(some, right)) / apart <= 1.05
     if geodesic == "displacement":
         mean = torch.tensor([4 * t - 2, 0.0])
         torch.testing.assert_close(samples.mean(0), mean, atol=0.15, rtol=0)

@@ -43,6 +43,9 @@ def test_server_and_clients_compose_the_same_from_the_run_config(tmp_path: Path)
     assert server == client
     assert (server.strategy.name, server.client.source.iterations) == ("fedavg", 7)
     assert server.output == str(tmp_path)
+    server.data.targets.clear()  # what one does with it is nothing to the others
+    assert from_run_config(run_config) == client != server
+    assert from_run_config({**run_config, "overrides": "seed=3"}).seed == 3
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class Recorded(Deployment):
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
-    """Start two sources and two targets: three with data of their own, one with a partition."""
+    """Start two sources; three nodes are to have data of their own, one a partition."""
     folder = tmp_path_factory.mktemp("deployment")
     digits = load_digits()
     images, labels = (digits.images * 15).astype(np.uint8), digits.target.astype(np.uint8)
@@ -66,10 +66,16 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
     idx(folder / "data 2", images[-60:], labels[-60:])
     with Recorded(folder / "flower") as made:
         made.recorder = Recorder(made)
-        for key, name in enumerate(NODES):
-            words = " ".join(f"{k}={v!r}" for k, v in node_config(folder, name).items())
-            made.add(name, key, words, address=made.recorder.address)
+        add(made, "source-0", "source-1")
         yield made
+
+
+def add(deployment: Recorded, *names: str) -> None:
+    """Start nodes that are recorded."""
+    for name in names:
+        config = node_config(deployment.folder.parent, name)
+        words = " ".join(f"{k}={v!r}" for k, v in config.items())
+        deployment.add(name, NODES.index(name), words, address=deployment.recorder.address)
 
 
 def node_config(folder: Path, name: str) -> dict[str, Any]:
@@ -108,40 +114,41 @@ class Story:
 
 @pytest.fixture(scope="module")
 def story(deployment: Recorded) -> Story:
-    """Run the app three times: kill its SuperLink; go on, and kill a SuperNode; stop another run.
+    """Run the app three times: stop it; kill its SuperLink; go on, and kill a SuperNode.
 
-    Flower waits a minute for a node that is gone: what else is to be done is done meanwhile.
+    The first two runs end before there are targets. Each message to a node starts a process, which
+    imports all of torch.
     """
     told = Story(*(deployment.folder / name for name in ("stopped", "resumed", "unbroken")))
 
+    # A run whose stage would not end is stopped.
+    stopped = deployment.run("stopped", *SETTINGS, LONG, "nodes=2", f"output={told.stopped}")
+    serverapp = inside_stage(deployment, told.stopped)
+    began = time.monotonic()
+    deployment.stop("stopped")
+    wait(lambda: ended(serverapp))
+    told.seconds_to_stop = time.monotonic() - began
+    assert stopped.wait(PATIENCE) == 1
+
     # A run whose SuperLink is killed inside the stage, and with it the ServerApp.
-    killed = deployment.run("killed", *SETTINGS, f"output={told.resumed}")
+    killed = deployment.run("killed", *SETTINGS, "nodes=2", f"output={told.resumed}")
     wait(lambda: list(told.resumed.glob(UNFINISHED)))
     deployment.kill(deployment.superlink, killed)  # that would ask for it for half a minute
     (path,) = told.resumed.glob(UNFINISHED)
     told.saved = int(load_tensors(path)[0]["iteration"])
     assert not (told.resumed / "barycenter.safetensors").exists()
 
-    # The same again, and beside it one whose stage would not end; in the evaluation of the first a
-    # SuperNode is killed.
+    # The same again, with targets, of which a SuperNode is killed in the evaluation.
     deployment.start_superlink()
+    add(deployment, "target-0", "target-1")
     resumed = deployment.run("resumed", *SETTINGS, f"output={told.resumed}")
-    endless = (*SETTINGS, LONG, "nodes=3", f"output={told.stopped}")
-    stopped = deployment.run("stopped", *endless)
     wait(lambda: "configure_evaluate: Sampled 2" in deployment.log("resumed"))
     node = deployment.nodes["target-1"]
     wait(lambda: find(node, "flwr-clientapp"))
     deployment.kill(node)
 
-    # The endless one is stopped; and the first made in this process, without a fault.
-    serverapp = inside_stage(deployment, told.stopped)
-    began = time.monotonic()
-    deployment.stop("stopped")
-    wait(lambda: ended(serverapp))
-    told.seconds_to_stop = time.monotonic() - began
+    # Flower waits a minute for it. Meanwhile the run is made in this process, without a fault.
     in_process(deployment, told.unbroken)
-
-    assert stopped.wait(PATIENCE) == 1
     assert resumed.wait(PATIENCE) == 0, deployment.log("resumed")
     return told
 

@@ -148,6 +148,7 @@ def test_what_needs_no_gate_gets_none():
     assert own_start(start, Code((1, 1)), generate(start, 400, seed=7)) is start
 
 
+@pytest.mark.usefixtures("quick_gate")
 def test_the_same_arguments_give_the_same_gate():
     few = few_of([1.0], 15)
     one, two = fit_gate(Points(), few), fit_gate(Points(), few)
@@ -206,6 +207,7 @@ def test_a_forged_gate_is_refused(layer: Tensor, tmp_path: Path):
 # adapted
 
 
+@pytest.mark.usefixtures("quick_gate")
 def test_a_gated_start_keeps_its_gate_and_learns_from_its_own_samples():
     start = reweighted(Points(), Code((1, 1)), (1, 1), gate=fit_gate(Points(), few_of([3.0], 15)))
     adapted = adapt(start, few_of([3.0], 15), iterations=2)
@@ -227,6 +229,7 @@ def test_of_a_start_that_fits_in_part_that_part_is_learned(monkeypatch: pytest.M
     assert ((learned[-1] > 0.5) & (learned[-1] < 2.5)).float().mean() < 0.2  # half of the start
 
 
+@pytest.mark.usefixtures("quick_gate")
 def test_what_keeps_its_architecture_is_guided_by_the_gate():
     # Prepare
     few, start = few_of([0.0, 3.0], 15), Points()

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.attacks import EVALUATE, Spoil, metric, picture, renamed
 from fl_wb.app.config import compose
 from fl_wb.app.factories import factories
 from fl_wb.app.results import Results
+from fl_wb.app.schema import Config
 from fl_wb.client_app import app
 from fl_wb.data import datasets
 from fl_wb.data.datasets import held_out, load_own, source_samples, target_samples
@@ -32,7 +34,7 @@ from fl_wb.server_app import app as server_app
 from fl_wb.strategies import RoleFedAvg
 from fl_wb.testing.in_process_grid import InProcessGrid, through_the_wire
 from tests.test_own_data import folder_of
-from tests.test_simulation import TINY
+from tests.test_simulation import BRIEF, TINY
 
 TARGETS = "data.targets=[[0,1],[2,3]]"
 BAD = 14  # the second target
@@ -96,6 +98,12 @@ assert ODD.keys() == EVALUATE.keys()
 
 
 @pytest.fixture(scope="module")
+def config() -> Config:
+    """Return the configuration of all these runs."""
+    return compose([*TINY, TARGETS])
+
+
+@pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Odd:
     """Return the grid of a run that is well, which keeps all replies."""
     return run(tmp_path_factory.mktemp("story"))[1]
@@ -107,6 +115,7 @@ def test_an_odd_evaluate_reply_costs_no_other_result(
     kind: str,
     first: int,
     story: Odd,
+    config: Config,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -114,7 +123,7 @@ def test_an_odd_evaluate_reply_costs_no_other_result(
     # Prepare: the replies of a whole run, of which one is spoiled
     monkeypatch.setattr(logging.getLogger("flwr"), "propagate", True)
     spoil, reason = EVALUATE[kind], ODD[kind]
-    config = compose([*TINY, TARGETS, f"output={tmp_path}"])
+    config = replace(config, output=str(tmp_path))
     results = Results(Tracker(tmp_path), config, factories(config)[0])
     strategy = RoleFedAvg(observer=results)
     answers = [through_the_wire(m) for m in story.kept if keys.SAMPLES in m.content]
@@ -153,7 +162,7 @@ def test_an_odd_evaluate_reply_costs_no_other_result(
 def test_an_odd_train_reply_costs_no_other_result(
     strategy: str, spoil: Spoil, left: int, tmp_path: Path
 ) -> None:
-    found, _ = run(tmp_path, spoil, "train", f"strategy={strategy}")
+    found, _ = run(tmp_path, spoil, "train", f"strategy={strategy}", BRIEF)
     assert len(found["sources"]) == left
     assert set(found["targets"]) == {"0", "1"}
     assert math.isfinite(found["final"]["ternary"]["w1"])
@@ -213,14 +222,14 @@ def sent(grid: Odd) -> bytes:
 
 @pytest.mark.parametrize("send_few", [False, True])
 def test_no_real_sample_leaves_a_node_unless_the_run_says_so(
-    send_few: bool, tmp_path: Path
+    send_few: bool, config: Config, tmp_path: Path
 ) -> None:
     # Execute
     words = ["client.send_few_pictures=true"] if send_few else []
     _, grid = run(tmp_path, lambda content: None, "evaluate", *words)
 
     # Assert
-    data = compose([*TINY, TARGETS]).data
+    data = config.data
     private = [source_samples(data, k) for k in range(2)] + [
         target_samples(data, k) for k in (0, 1)
     ]

@@ -33,8 +33,10 @@ TINY = [
     "client.adaptation.training.warmup=2",
     "client.adaptation.transport.iterations=4",
     "client.ternarization.iterations=4",
+    "client.evaluation.samples=40",
     "data.samples_per_class=3",
 ]
+BRIEF = "client.weights=shares"  # no gate, which takes half of a run: where targets are no matter
 STEPS = ("few", "barycenter", "adapted", "ternary")  # of every run; some are reweighted, too
 NAMES = ("w1", "frechet", "kid", "energy", "density", "coverage", "memorization")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -104,7 +106,12 @@ def test_a_simulation_leaves_its_results(programs: Path, away: Path, tmp_path: P
 
 def test_later_rounds_train_nothing_anew(tmp_path: Path) -> None:
     # Prepare: three sources, two targets, and two nodes more than the configuration has
-    overrides = ("rounds=2", "data.sources=[[0,1],[2,3],[4,5]]", "data.targets=[[0,2],[6,7]]")
+    overrides = (
+        BRIEF,
+        "rounds=2",
+        "data.sources=[[0,1],[2,3],[4,5]]",
+        "data.targets=[[0,2],[6,7]]",
+    )
 
     # Execute
     grid = run_in_process(tmp_path, *overrides, nodes=7)
@@ -191,7 +198,7 @@ def test_a_run_without_results_fails(tmp_path: Path, message_type: str, reason: 
         return message.metadata.message_type == message_type
 
     with pytest.raises(RuntimeError, match=reason):
-        run_in_process(tmp_path, killed=dict.fromkeys((11, 12, 13), killed))
+        run_in_process(tmp_path, BRIEF, killed=dict.fromkeys((11, 12, 13), killed))
     assert (tmp_path / "metrics.json").is_file()
 
 
@@ -200,7 +207,7 @@ def test_a_disk_that_fails_costs_an_artefact_and_not_the_run(tmp_path: Path) -> 
     (tmp_path / "ternary").touch()
 
     # Execute
-    run_in_process(tmp_path)
+    run_in_process(tmp_path, BRIEF)
 
     # Assert
     final = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["final"]
@@ -217,13 +224,13 @@ def test_a_run_without_its_model_or_result_file_fails_and_one_with_room_goes_on(
 
     # Execute and assert
     with pytest.raises(OSError, match=f"{name} cannot be written"):
-        run_in_process(tmp_path)
+        run_in_process(tmp_path, BRIEF)
     if name != "metrics.json":
         found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
         assert "cannot be written" in found["error"]
         assert found["made-by"]["torch"] == torch.__version__
     (tmp_path / name).rmdir()
-    run_in_process(tmp_path)
+    run_in_process(tmp_path, BRIEF)
     assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["error"] is None
     assert (tmp_path / "barycenter.safetensors").is_file()
 

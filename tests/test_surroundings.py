@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -80,42 +82,59 @@ RuntimeError: An error was encountered. Ending simulation.
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Make the folder of an app whose server asks both nodes."""
-    (tmp_path / "asks").mkdir()
-    (tmp_path / "asks" / "asks.py").write_text(APP)
-    (tmp_path / "asks" / "pyproject.toml").write_text(app_toml("asks", "output"))
-    return tmp_path
+def app_in(folder: Path, end: str = "") -> Path:
+    """Make the folder of an app whose server asks both nodes, and then does something more."""
+    (folder / "asks").mkdir()
+    (folder / "asks" / "asks.py").write_text(APP + end)
+    (folder / "asks" / "pyproject.toml").write_text(app_toml("asks", "output"))
+    return folder
 
 
-def test_a_run_goes_its_way_in_surroundings_made_for_others(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Prepare
-    for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):
-        for variable in (name, name.upper()):
-            monkeypatch.setenv(variable, "http://192.0.2.1:3128")
-    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy", "FLWR_TELEMETRY_ENABLED"):
-        monkeypatch.delenv(name, raising=False)
+@dataclass
+class Story:
+    """What came of a run of this module, and where it left it."""
+
+    folder: Path
+    deep: Path
+    failure: str
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Run, in surroundings made for other programs, an app that fails in the end."""
+    end = '\n    raise LookupError("inner") from OSError(28, "the disk is full")'
+    folder = app_in(tmp_path_factory.mktemp("story"), end)
     deep = folder / ("job" * 20) / ("scratch" * 8)
     deep.mkdir(parents=True)
-    monkeypatch.setenv("TMPDIR", str(deep))
-    monkeypatch.setattr(tempfile, "tempdir", None)  # as a new process finds it
-    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy"):
+            for variable in (name, name.upper()):
+                patch.setenv(variable, "http://192.0.2.1:3128")
+        for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy", "FLWR_TELEMETRY_ENABLED"):
+            patch.delenv(name, raising=False)
+        patch.setenv("TMPDIR", str(deep))
+        patch.setattr(tempfile, "tempdir", None)  # as a new process finds it
+        patch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+        with pytest.raises(RunFailed) as raised:
+            launch({"output": str(folder)}, nodes=2, log=folder / "log", app=folder / "asks")
+    return Story(folder, deep, str(raised.value))
 
-    # Execute
-    launch({"output": str(folder)}, nodes=2, log=folder / "log", app=folder / "asks")
 
-    # Assert
-    answered, telemetry, home = (folder / "answered").read_text().splitlines()
+def test_a_run_goes_its_way_in_surroundings_made_for_others(story: Story) -> None:
+    answered, telemetry, home = (story.folder / "answered").read_text().splitlines()
     assert (answered, telemetry) == ("[True, True]", "0")
     assert Path(home).parent == Path("/tmp") and not Path(home).exists()
-    assert not list(deep.iterdir())
+    assert not list(story.deep.iterdir())
 
 
-def test_nothing_is_left_of_a_run_whose_launcher_was_killed(folder: Path) -> None:
+def test_the_cause_stands_in_the_last_line(story: Story) -> None:
+    assert re.search(r"(?s)finished:failed.*the disk is full", story.failure)
+    assert story.failure.count("inner") == 1
+
+
+def test_nothing_is_left_of_a_run_whose_launcher_was_killed(tmp_path: Path) -> None:
     # Prepare
+    folder = app_in(tmp_path)
     (folder / "wait").touch()
     environment = os.environ | {"FL_WB_TEST": str(folder), "RAY_TMPDIR": "/tmp"}
     started = psutil.Popen([sys.executable, "-c", LAUNCH, str(folder)], env=environment)
@@ -138,14 +157,6 @@ def test_a_failure_says_its_first_cause() -> None:
     command = [sys.executable, "-c", f"print('Successfully started run 5')\nprint({CHAIN!r})"]
     run_id, cause = launcher._stream(command, dict(os.environ))
     assert (run_id, cause) == ("5", "OSError: no room on /scratch")
-
-
-def test_the_cause_stands_in_the_last_line(folder: Path) -> None:
-    asks = folder / "asks" / "asks.py"
-    asks.write_text(f'{APP}\n    raise LookupError("inner") from OSError(28, "the disk is full")')
-    with pytest.raises(RunFailed, match=r"(?s)finished:failed.*the disk is full") as raised:
-        launch({"output": str(folder)}, nodes=2, log=folder / "log", app=folder / "asks")
-    assert str(raised.value).count("inner") == 1
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, is_dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -132,13 +133,18 @@ def from_run_config(run_config: Mapping[str, Any]) -> Config:
     carried, overrides, output = (
         str(run_config.get(key, "")) for key in ("config", "overrides", "output")
     )
-    try:
-        config = checked(json.loads(carried)) if carried else compose(overrides)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"config={carried!r} must be a configuration in JSON: {error}") from error
+    config = deepcopy(_carried(carried, overrides))
     config = replace(config, output=output or config.output)
     check_absolute(config)
     return config
+
+
+@lru_cache(maxsize=1)  # a process composes for a second, and a run asks again with each message
+def _carried(carried: str, overrides: str) -> Config:
+    try:
+        return checked(json.loads(carried)) if carried else compose(overrides)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"config={carried!r} must be a configuration in JSON: {error}") from error
 
 
 def check_absolute(config: Config) -> None:
