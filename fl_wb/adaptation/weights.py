@@ -37,7 +37,7 @@ BYTES = 64 << 20
 NEAREST = 10
 """Samples of the cells that are compared with each of the few."""
 
-PRIORS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+PRIORS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """So many samples are imagined, beside the few, that are as the shares say."""
 
 STRAYS = 0.02
