@@ -117,6 +117,35 @@ def test_held_statistics_become_true_and_all_that_is_made_stays(convolutional: b
     torch.testing.assert_close(network.train()(z), before, atol=0.3, rtol=0.1)
 
 
+class Bent(nn.BatchNorm1d):
+    """Its weights are not those of an affine map of what it normalises."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.weight.square()
+
+
+class Named(nn.Module):
+    """Calls one of its normalisations by keyword, and the other one never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.idle = nn.Linear(4, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.norm(input=self.first(z))
+
+
+def test_a_normalisation_that_is_never_called_stays_as_it_is() -> None:
+    network = Named()
+    idle = {name: value.clone() for name, value in network.idle.state_dict().items()}
+    held = hold(network.train())
+    settle(network, Latents(4), held=held)
+    assert held == [network.norm, network.idle]
+    assert all(torch.equal(value, idle[name]) for name, value in network.idle.state_dict().items())
+    mean = network.first.bias.detach()
+    torch.testing.assert_close(network.norm.running_mean, mean, atol=0.05, rtol=0)
+
+
 def test_what_could_not_make_up_for_other_statistics_is_not_held() -> None:
     frozen = nn.BatchNorm1d(4)
     frozen.weight.requires_grad_(False)
@@ -125,6 +154,7 @@ def test_what_could_not_make_up_for_other_statistics_is_not_held() -> None:
         nn.BatchNorm1d(4, track_running_stats=False),
         nn.InstanceNorm1d(4, affine=True),
         frozen,
+        Bent(4),
     ]
     assert hold(nn.Sequential(*norms)) == []
     assert all(norm.training for norm in norms)

@@ -35,13 +35,15 @@ def learning(generator: nn.Module) -> nn.Module:
 def hold(generator: nn.Module) -> list[_BatchNorm]:
     """Have normalisations keep the statistics that they have; return those that could.
 
-    These are in eval mode then. Those without weights of their own, or with frozen ones, cannot:
-    `settle` could not make up for the difference to their true statistics.
+    These are in eval mode then. Those without weights of their own, or with frozen ones, or with a
+    forward pass of their own, cannot: `settle` could not make up for the difference to their true
+    statistics.
     """
     held = [
         part
         for part in generator.modules()
         if isinstance(part, _BatchNorm)
+        and type(part).forward is _BatchNorm.forward
         and part.running_mean is not None
         and part.weight is not None
         and part.weight.requires_grad
@@ -113,10 +115,10 @@ class _Inputs:
 
     def __init__(self, norm: _BatchNorm) -> None:
         self._norm, self._sums = norm, torch.zeros(3, norm.num_features, dtype=torch.float64)
-        self._hook = norm.register_forward_pre_hook(self._look)
+        self._hook = norm.register_forward_pre_hook(self._look, with_kwargs=True)
 
-    def _look(self, norm: nn.Module, given: tuple[Tensor, ...]) -> None:
-        values = given[0].transpose(0, 1).flatten(1)
+    def _look(self, norm: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        values = (*given, *named.values())[0].transpose(0, 1).flatten(1)
         n, variance, mean = values.shape[1], *torch.var_mean(values, 1, correction=0)
         variance, mean = variance.cpu().double(), mean.cpu().double()
         self._sums += n * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
@@ -130,6 +132,8 @@ class _Inputs:
         self._hook.remove()
         norm = self._norm
         n, total, squares = self._sums
+        if not n.any():  # it takes no part in what is made
+            return
         mean = total / n
         variance = (squares / n - mean.square()).clamp(min=0) * n / (n - 1)
         assert norm.running_mean is not None
