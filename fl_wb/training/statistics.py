@@ -139,8 +139,8 @@ class _Inputs:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         m, v, w = (x.cpu().double() for x in (norm.running_mean, norm.running_var, norm.weight))
-        norm.bias += ((mean - m) * w / (v + norm.eps).sqrt()).to(norm.bias)
-        norm.weight *= ((variance + norm.eps) / (v + norm.eps)).sqrt().to(norm.weight)
+        norm.bias.add_(((mean - m) * w / (v + norm.eps).sqrt()).to(norm.bias))
+        norm.weight.mul_(((variance + norm.eps) / (v + norm.eps)).sqrt().to(norm.weight))
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(variance)
 
