@@ -228,11 +228,8 @@ class Merge:
         return student.eval()
 
     def _on_device(self, measure: Measure) -> Measure:
-        return Measure(
-            lambda: self.placed(measure.generator()).requires_grad_(False),
-            measure.weight,
-            measure.digest,
-            measure.labels,
+        return replace(
+            measure, generator=lambda: self.placed(measure.generator()).requires_grad_(False)
         )
 
     def _pool(self, measures: Sequence[Measure], rng: torch.Generator, student: nn.Module) -> Pool:
@@ -255,11 +252,10 @@ class Merge:
     def _critics(self) -> list[nn.Module]:
         # Fresh in every stage, from the seed alone: the caller's random state neither decides
         # the result nor is moved by it.
+        number = 2 if self.settings.geodesic == "two_critics" else 1
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return [
-                self.critic() for _ in range(2 if self.settings.geodesic == "two_critics" else 1)
-            ]
+            return [self.critic() for _ in range(number)]
 
     def _key(
         self, measures: Sequence[Measure], student: nn.Module, critics: list[nn.Module]
