@@ -147,13 +147,15 @@ def test_a_normalisation_that_is_never_called_stays_as_it_is() -> None:
 
 
 def test_what_could_not_make_up_for_other_statistics_is_not_held() -> None:
-    frozen = nn.BatchNorm1d(4)
+    frozen, half_frozen = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     frozen.weight.requires_grad_(False)
+    half_frozen.bias.requires_grad_(False)
     norms = [
         nn.BatchNorm1d(4, affine=False),
         nn.BatchNorm1d(4, track_running_stats=False),
         nn.InstanceNorm1d(4, affine=True),
         frozen,
+        half_frozen,
         Bent(4),
     ]
     assert hold(nn.Sequential(*norms)) == []
@@ -169,13 +171,18 @@ def test_the_second_half_of_a_distillation_sees_the_statistics_that_stay() -> No
                 modes.append(self.net[1].training)
             return super().forward(z)
 
-    stage = Stage(distillation=Distillation(iterations=10, batch_size=50))
+    stage = Stage(
+        distillation=Distillation(iterations=10, batch_size=50),
+        training=Training(iterations=2, batch_size=50, warmup=1),
+    )
     nu = recursive_barycenter([Watched("batch", -4.0), Watched("batch", 4.0)], stage=stage)
-    assert modes[-10:] == [True] * 5 + [False] * 5
+    assert modes[:10] == [True] * 5 + [False] * 5
+    assert len(modes) > 10 and all(modes[10:])  # a WGAN that follows learns as any
     assert not nu.training and not nu.net[1].training
 
 
-def test_a_merge_takes_its_statistics_of_latents_by_the_pairs_it_has_learned() -> None:
+def averaged(stage: Stage) -> int:
+    """Merge two sources; return of how many latents statistics were taken."""
     shown: list[int] = []
 
     class Counted(Normalised):
@@ -184,9 +191,23 @@ def test_a_merge_takes_its_statistics_of_latents_by_the_pairs_it_has_learned() -
                 shown.append(len(z))
             return super().forward(z)
 
-    stage = Stage(distillation=Distillation(iterations=40, batch_size=1000))
     recursive_barycenter([Counted("batch", -4.0), Counted("batch", 4.0)], stage=stage)
-    assert 9_000 < sum(shown) <= 10_000  # once, after half of the iterations
+    return sum(shown)
+
+
+def test_a_merge_takes_its_statistics_of_latents_by_the_pairs_it_has_learned() -> None:
+    stage = Stage(distillation=Distillation(iterations=40, batch_size=1000))
+    assert 9_000 < averaged(stage) <= 10_000  # once, after half of the iterations
+
+
+@pytest.mark.parametrize(("start", "times"), [("previous", 1), ("distilled", 2)])
+def test_a_merge_takes_its_statistics_after_a_wgan(start: str, times: int) -> None:
+    stage = Stage(
+        start=start,
+        distillation=Distillation(iterations=2, batch_size=50),
+        training=Training(iterations=2, batch_size=50, warmup=1),
+    )
+    assert averaged(stage) == times * 2560
 
 
 @pytest.mark.parametrize("wgan", [0, 20])

@@ -52,6 +52,7 @@ def test_the_weights_of_a_mixture_of_the_cells_are_found(counts: list[int]):
 def test_a_cell_that_no_sample_supports_gets_next_to_nothing():
     weights = fit_weights(LINE, LINE.code, draws(CENTRES, [10, 0, 10, 0]))
     assert weights[1] < 0.03 and weights[3] < 0.03
+    assert fit_weights(LINE, LINE.code, draws(CENTRES, [0, 10, 0, 0]))[1] > 0.975
 
 
 def test_of_cells_that_overlap_each_gets_its_part():

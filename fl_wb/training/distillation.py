@@ -108,10 +108,10 @@ def distill(
     seed, callback, checkpoint
         As in `fl_wb.training.wgan.train_wgan`.
     statistics : callable, optional
-        `fl_wb.training.statistics.settle` but for the generator, of a student in train mode. After
-        half of the iterations its normalisations take the statistics of all latents and keep them:
-        what a batch's would make of a sample hangs on the others of the batch, and those of all
-        make another sample, which the second half mends. In the end they are true, in both modes.
+        `fl_wb.training.statistics.settle` but for the generator, for a student in train mode. A
+        batch's statistics make another sample of a latent than those of all latents, and it is
+        sampled with these: so after half of the iterations its normalisations take them and keep
+        them, and the second half learns with what stays. In the end both modes make the same.
     """
     rng = torch.Generator(device_of(student)).manual_seed(seed)
     trained = [p for p in student.parameters() if p.requires_grad]
