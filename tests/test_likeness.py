@@ -40,7 +40,25 @@ def test_few_samples_reach_along_what_is_alike_and_not_across():
 def test_the_generators_own_samples_ask_for_nothing_else(n: int):
     made, _ = rings(1000)
     few, _ = rings(n, seed=3)
-    assert (likeness(made, few)(made) - 1).abs().mean() < 0.1
+    assert (likeness(made, few)(made) - 1).abs().mean() < 0.12
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("tight", [5, 15])
+def test_each_of_the_few_has_its_share_however_sure_it_is(tight: int, seed: int):
+    # a tight blob, a wide one, and one that nobody asks for
+    rng = torch.Generator().manual_seed(seed)
+    blob = torch.randint(3, (1500,), generator=rng)
+    spread, middle = (
+        torch.tensor([0.1, 0.6, 0.3]),
+        torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]]),
+    )
+    made = torch.randn(1500, 2, generator=rng) * spread[blob].unsqueeze(1) + middle[blob]
+    asked = torch.arange(20) >= tight
+    few = torch.randn(20, 2, generator=rng) * spread[asked.long()].unsqueeze(1)
+    ratio = likeness(made, few + middle[asked.long()])(made)
+    share = ratio[blob == 0].sum() / ratio[blob < 2].sum()
+    assert share.item() == pytest.approx(tight / 20, abs=0.08)
 
 
 def test_two_alike_say_little_and_one_nothing():

@@ -33,6 +33,12 @@ DOUBLINGS = 8
 SHARPER = tuple((level, power) for level in (1, 2, 4) for power in (2, 4))
 """(m, p): where a walk comes r times as often as by chance, r^p / (r^p + m^p) is likely."""
 
+CERTAIN = 2.5
+"""Power of what the walks say: what they hardly reach is mostly something else."""
+
+BALANCING = 10
+"""Rounds that give each of the few samples its share again, which certainty takes from some."""
+
 DOUBT = 8.0
 """The generator's own shares count as if so much more likely, in log: two or three samples say
 little, where ten of one class are likelier by 20."""
@@ -73,7 +79,7 @@ def likeness(made: Tensor, few: Tensor) -> Callable[[Tensor], Tensor]:
         for level, power in SHARPER:
             seen = (first * _sharper(others, level, power)).sum(1)
             likelihoods.append(((1 - STRAYS) * seen + STRAYS).log().sum())
-            found.append(_sharper(there.mean(0), level, power))
+            found.append(_balanced(_sharper(there.mean(0), level, power).pow(CERTAIN), there))
         steps = steps @ steps
     ratio = torch.stack(likelihoods).softmax(0) @ torch.stack(found)
     return lambda samples: (_towards(_rows(samples), rows, ALIKE) @ ratio).double()
@@ -87,6 +93,15 @@ def _sharper(there: Tensor, level: float, power: float) -> Tensor:
     """Part near from far (..., N), and put the mean back to 1."""
     likely = 1 / (1 + (level / there.clamp(min=1e-6)) ** power)
     return likely / likely.mean(-1, keepdim=True)
+
+
+def _balanced(ratio: Tensor, there: Tensor) -> Tensor:
+    """Scale ratios (N,) until as much of them is each sample's, of walks (n, N) that end there."""
+    whose = there / there.sum(0).clamp(min=1e-9)
+    for _ in range(BALANCING):
+        ratio = ratio * ((whose @ ratio).clamp(min=1e-9).reciprocal() @ whose)
+        ratio = ratio / ratio.mean()
+    return ratio
 
 
 def _steps(rows: Tensor) -> Tensor:
