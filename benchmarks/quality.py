@@ -38,7 +38,7 @@ from fl_wb.data import datasets
 from fl_wb.generators.mixture import Mixture
 from fl_wb.generators.networks import make_critic, make_generator
 from fl_wb.generators.sampling import generate
-from fl_wb.metrics import Reference, train_features
+from fl_wb.metrics import Reference, evenly, train_features
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.reporting import tables
@@ -67,12 +67,13 @@ class Bench:
     def __init__(self, overrides: str, seed: int, target: int = 0) -> None:
         self.config: Config = compose(f"{overrides} seed={seed} data.seed={seed}")
         data, network = self.config.data, self.config.network
-        self.everything, held_out = datasets.load(data)
-        self.held_out = datasets.held_out(data, data.targets[target]).images
+        self.everything, _ = datasets.load(data)
+        held_out = datasets.held_out(data, data.targets[target]).images
+        self.held_out = evenly(held_out, self.config.client.evaluation.most)
         self.few = datasets.target_samples(data, target).images
         self.features = train_features(self.everything.images, self.everything.labels)
         self.reference = Reference(self.held_out, few=self.few, features=self.features)
-        shape = tuple(held_out.images.shape[1:])
+        shape = tuple(held_out.shape[1:])
         self.make_generator = lambda: make_generator(
             network.generator, shape, latent_dim=network.latent_dim, width=network.width
         )
