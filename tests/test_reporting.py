@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from PIL import Image
 from torch import Tensor, nn
 
@@ -217,6 +217,36 @@ def test_each_sources_cell_has_a_row_under_the_sources_own_name(tmp_path):
     assert list(results._album.samples["cell"]) == ["2", "4"]
     pixels = picture((tmp_path / "cells.png").read_bytes())[:, -12 * 34 :]
     assert (pixels[2:34, 0:32] == 255).all() and (pixels[36:68, 0:32] == 0).all()
+
+
+def test_of_very_many_sources_the_first_are_drawn_and_all_are_counted(tmp_path, monkeypatch):
+    # Prepare: fifty nodes, of which node 100 - k is source k
+    loaded = []
+    load = records.load
+    monkeypatch.setattr(records, "load", lambda *given: loaded.append(given) or load(*given))
+    uploads = {
+        100 - k: RecordDict(
+            {
+                "model": records.to_arrays(Halves()),
+                "info": ConfigRecord({"partition": k}),
+                "metrics": MetricRecord({"num-examples": k + 1}),
+            }
+        )
+        for k in range(50)
+    }
+    results = Results(Tracker(tmp_path), compose(), Halves)
+
+    # Execute
+    results.train(1, uploads)
+    results.cells(records.to_arrays(Halves()), [1.0] * 50, {100 - k: k for k in range(50)})
+    results.tracker.close()
+
+    # Assert
+    first = [str(k) for k in range(32)]
+    assert list(results._album.samples["source"]) == first
+    assert list(results._album.samples["cell"]) == first
+    assert len(loaded) == 32 + 1
+    assert {*results.sources} == {str(k) for k in range(50)}
 
 
 def test_no_code_no_picture_of_cells(tmp_path):

@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import Result
 from torch import Tensor, nn
 
 from fl_wb import ternary
-from fl_wb.app.album import APART, COLUMNS, OWN, Album, by_number
+from fl_wb.app.album import APART, COLUMNS, OWN, ROWS, Album, by_number
 from fl_wb.app.provenance import provenance
 from fl_wb.app.schema import Config
 from fl_wb.generators.code import code_of
@@ -95,10 +95,11 @@ class Results:
         self.tracker.picture("partition", lambda: stacked_bars(partition))
 
     def train(self, server_round: int, contents: Mapping[int, RecordDict]) -> None:
-        """Keep the sources' figures, and pictures of what they uploaded."""
-        for node_id, content in sorted(contents.items()):
-            name = self._name("source", node_id, content)
-            self.sources[name] = replies.figures(content)
+        """Keep the sources' figures, and pictures of what the first of them uploaded."""
+        names = {node: self._name("source", node, contents[node]) for node in sorted(contents)}
+        self.sources |= {name: replies.figures(contents[node]) for node, name in names.items()}
+        for node_id in sorted(names, key=lambda node: by_number(names[node]))[:ROWS]:
+            name, content = names[node_id], contents[node_id]
             with self._part(node_id, "its generator's pictures"):
                 network = records.load(replies.model(content), self.generator())
                 self._album.put("source", name, self._drawn(network, COLUMNS))
@@ -223,9 +224,10 @@ class Results:
         """
         network = records.load(arrays, self.generator())
         names = {node: name for (role, name), node in self._names.items() if role == "source"}
-        for node, cell in cells.items():
-            made = generate(network, COLUMNS, source=cell, code=code_of(tuple(shares)))
-            self._album.put("cell", names.get(node, str(node)), made)
+        whose = {names.get(node, str(node)): cell for node, cell in cells.items()}
+        for name in sorted(whose, key=by_number)[:ROWS]:
+            made = generate(network, COLUMNS, source=whose[name], code=code_of(tuple(shares)))
+            self._album.put("cell", name, made)
         self._album.draw("cell", "cells")
 
     def _rows_of(self, mean: dict[str, dict[str, float]], size: int) -> dict[str, Any]:
