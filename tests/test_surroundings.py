@@ -9,14 +9,13 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
-from fl_wb.commands import launcher, superlink
-from fl_wb.commands.launcher import launch
-from fl_wb.commands.superlink import RunFailed
+from fl_wb.commands import cli, launcher, superlink
 from tests.deployment import wait
 from tests.fresh import app_toml
 
@@ -29,6 +28,7 @@ from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
+NODES = 3  # as many as the default configuration has
 client = ClientApp()
 server = ServerApp()
 
@@ -41,7 +41,7 @@ def answer(message, context):
 @server.main()
 def main(grid, context):
     output = Path(context.run_config["output"])
-    while len(nodes := list(grid.get_node_ids())) < 2:
+    while len(nodes := list(grid.get_node_ids())) < NODES:
         time.sleep(0.1)
     asked = [Message(RecordDict(), node, "query") for node in nodes]
     answered = [not reply.has_error() for reply in grid.send_and_receive(asked)]
@@ -56,7 +56,7 @@ from pathlib import Path
 from fl_wb.commands.launcher import launch
 
 folder = Path(sys.argv[1])
-launch({"output": str(folder)}, nodes=2, log=folder / "log", app=folder / "asks")
+launch({"output": str(folder)}, nodes=3, log=folder / "log", app=folder / "asks")
 """
 CHAIN = """\
 Traceback (most recent call last):
@@ -86,7 +86,8 @@ def app_in(folder: Path, end: str = "") -> Path:
     """Make the folder of an app whose server asks both nodes, and then does something more."""
     (folder / "asks").mkdir()
     (folder / "asks" / "asks.py").write_text(APP + end)
-    (folder / "asks" / "pyproject.toml").write_text(app_toml("asks", "output"))
+    settings = ("config", "overrides", "output")
+    (folder / "asks" / "pyproject.toml").write_text(app_toml("asks", *settings))
     return folder
 
 
@@ -97,12 +98,13 @@ class Story:
     folder: Path
     deep: Path
     failure: str
+    left: list[psutil.Process]  # that still ran when the command had ended
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    """Run, in surroundings made for other programs, an app that fails in the end."""
-    end = '\n    raise LookupError("inner") from OSError(28, "the disk is full")'
+    """Run `fl-wb`, in surroundings made for other programs, with an app that fails in the end."""
+    end = '\n    raise RuntimeError("told to \\"fail\\"") from OSError(28, "the disk is full")\n'
     folder = app_in(tmp_path_factory.mktemp("story"), end)
     deep = folder / ("job" * 20) / ("scratch" * 8)
     deep.mkdir(parents=True)
@@ -115,21 +117,33 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         patch.setenv("TMPDIR", str(deep))
         patch.setattr(tempfile, "tempdir", None)  # as a new process finds it
         patch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
-        with pytest.raises(RunFailed) as raised:
-            launch({"output": str(folder)}, nodes=2, log=folder / "log", app=folder / "asks")
-    return Story(folder, deep, str(raised.value))
+        patch.setenv("FL_WB_TEST", str(folder))
+        patch.chdir(folder)
+        patch.setattr(cli, "launch", partial(launcher.launch, app=folder / "asks"))
+        patch.setattr(cli, "_failures", [])
+        patch.setattr(sys, "argv", ["fl-wb", "hydra.run.dir=out"])
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+        left = [process for process in _family(folder) if process.pid != os.getpid()]
+    return Story(folder, deep, str(raised.value), left)
 
 
 def test_a_run_goes_its_way_in_surroundings_made_for_others(story: Story) -> None:
-    answered, telemetry, home = (story.folder / "answered").read_text().splitlines()
-    assert (answered, telemetry) == ("[True, True]", "0")
+    answered, telemetry, home = (story.folder / "out" / "answered").read_text().splitlines()
+    assert (answered, telemetry) == ("[True, True, True]", "0")
     assert Path(home).parent == Path("/tmp") and not Path(home).exists()
     assert not list(story.deep.iterdir())
 
 
 def test_the_cause_stands_in_the_last_line(story: Story) -> None:
     assert re.search(r"(?s)finished:failed.*the disk is full", story.failure)
-    assert story.failure.count("inner") == 1
+    assert story.failure.count('told to "fail"') == 1
+
+
+def test_a_failed_run_exits_non_zero_and_leaves_nothing_running(story: Story) -> None:
+    assert re.search(r'(?s)finished:failed.*told to "fail"', story.failure)
+    assert "Started server process" in (story.folder / "out" / "superlink.log").read_text()
+    assert not story.left
 
 
 def test_nothing_is_left_of_a_run_whose_launcher_was_killed(tmp_path: Path) -> None:
