@@ -37,10 +37,14 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_gates(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fit gates in a fraction of the time, but in the tests of how good they are."""
+    """Fit gates and adapt in a fraction of the time, but in the tests of how good that is."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem not in ("test_gate", "test_likeness", "test_own_barycenter"):
             hasten(patch)
+        if request.path.stem not in ("test_adaptation", "test_variation", "test_gate"):
+            # neighbours are sought among so many samples, each of which is compared with each
+            patch.setattr("fl_wb.adaptation.fast_adaptation.POOL", 1000)
+            patch.setattr("fl_wb.adaptation.likeness.WALKED", 500)
         yield
 
 

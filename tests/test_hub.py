@@ -101,8 +101,9 @@ def test_cifar_makes_the_whole_journey_with_the_papers_networks(
         columns = {"img": pictures(number, (32, 32, 3)), "label": [i % 4 for i in range(number)]}
         hub[split] = Part({"img": "Image", "label": "ClassLabel"}, columns)
     setting = ("data=cifar10", "data.sources=[[0],[1]]", "data.targets=[[2,3]]", "network.width=2")
-    # a bank of pictures this large takes longer than all the rest
-    run_in_process(tmp_path, *setting, "client.adaptation.method=plain", "client.features=pixels")
+    # a bank of pictures this large, and a gate of them, take longer than all the rest
+    quick = ("client.adaptation.method=plain", "client.features=pixels", "client.weights=radius")
+    run_in_process(tmp_path, *setting, *quick)
     found = check_results(tmp_path, *setting)
     network = found["config"]["network"]
     assert (network["generator"], network["critic"]) == ("dcgan", "dcgan")

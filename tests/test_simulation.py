@@ -34,6 +34,12 @@ TINY = [
     "client.adaptation.transport.iterations=4",
     "client.ternarization.iterations=4",
     "client.evaluation.samples=40",
+    "client.evaluation.most=60",
+    "client.source.batch_size=16",
+    "strategy.stage.training.batch_size=16",
+    "strategy.stage.distillation.batch_size=16",
+    "client.adaptation.training.batch_size=16",
+    "client.ternarization.batch_size=16",
     "data.samples_per_class=3",
 ]
 BRIEF = "client.weights=shares"  # no gate, which takes half of a run: where targets are no matter
