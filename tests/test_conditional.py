@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from fl_wb.training.wgan import Training, critic_loss, resample, train_wgan
 from tests.points import same
 
 STAGE = Stage(distillation=Distillation(iterations=400, batch_size=64, lr=1e-2))
-LONGER = Stage(distillation=Distillation(iterations=1000, batch_size=128, lr=1e-2))
+LONGER = Stage(distillation=Distillation(iterations=600, batch_size=128, lr=1e-2))
+LONGEST = Stage(distillation=Distillation(iterations=1000, batch_size=128, lr=1e-2))
 PLACES = torch.tensor([[0.0, 4.0], [4.0, 0.0], [0.0, -4.0]])  # of labels 0, 1, 2
 
 
@@ -175,9 +177,9 @@ def triangular(n: int, generator: torch.Generator) -> Tensor:
 @pytest.mark.parametrize("law", ["uniform", "uniform(-1,1)", triangular])
 @pytest.mark.parametrize("share", [0.5, 0.2])
 def test_every_source_keeps_its_share_whatever_the_law(law: Any, share: float) -> None:
-    nu = recursive_barycenter(
-        [Line(-5.0), Line(5.0)], [share, 1 - share], latents=law, stage=LONGER
-    )
+    # of a triangular law 600 iterations leave 0.03 of a half to be learned
+    stage = LONGEST if law is triangular else LONGER
+    nu = recursive_barycenter([Line(-5.0), Line(5.0)], [share, 1 - share], latents=law, stage=stage)
 
     assert type(nu) is Line
     left = (generate(nu, 4000, latents=law)[:, 0] < 0).float().mean().item()
@@ -357,7 +359,11 @@ def test_right_labels_are_those_that_the_classifier_sees() -> None:
     assert compare(x, x, features=features, labels=y.roll(1))["right-labels"] < 0.05
 
 
-def test_augmentation_helps_as_much_as_what_is_generated_is_right() -> None:
+def test_augmentation_helps_as_much_as_what_is_generated_is_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = import_module("fl_wb.metrics.augmentation")  # its function has the same name
+    monkeypatch.setattr(module, "STEPS", 300)  # of 1500: these are easily told apart
     few, held_out = labelled_blobs(6, 1), labelled_blobs(300, 2)
     good = augmentation(Blobs(), few, held_out)
     bad = augmentation(Blobs(turn=1), few, held_out)

@@ -210,10 +210,12 @@ def test_a_forged_gate_is_refused(layer: Tensor, tmp_path: Path):
 @pytest.mark.usefixtures("quick_gate")
 def test_a_gated_start_keeps_its_gate_and_learns_from_its_own_samples():
     start = reweighted(Points(), Code((1, 1)), (1, 1), gate=fit_gate(Points(), few_of([3.0], 15)))
-    adapted = adapt(start, few_of([3.0], 15), iterations=2)
+    brief = Adaptation(training=Training(iterations=2, warmup=2))
+    adapted = adapt(start, few_of([3.0], 15), settings=brief)
     assert same(adapted.gate, start.gate)
 
 
+@pytest.mark.usefixtures("quick_gate")
 def test_of_a_start_that_fits_in_part_that_part_is_learned(monkeypatch: pytest.MonkeyPatch):
     learned: list[Tensor] = []
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from flwr.app import Context, RecordDict
+from opacus.accountants import utils as accounting
 from torch import Tensor, nn
 
 from fl_wb import client_app
@@ -38,6 +40,14 @@ from tests.test_clients import ask, points, source
 from tests.toys import TRAINING, critic, generator, seeded_state
 
 PRIVATE = Privacy(epsilon=5.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered() -> Iterator[None]:
+    """Look for the noise of the same training once: each time takes Opacus seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accounting, "get_noise_multiplier", cache(accounting.get_noise_multiplier))
+        yield
 
 
 def rng(seed: int = 0) -> torch.Generator:

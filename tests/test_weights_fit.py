@@ -78,7 +78,7 @@ def test_no_other_weights_make_the_samples_likelier():
 def test_one_sample_says_nothing_and_a_few_little():
     shares = torch.tensor(SHARES, dtype=torch.float64)
     assert torch.equal(fit_weights(LINE, LINE.code, draws(CENTRES, [0, 1, 0, 0])), shares)
-    target = generate(LINE, 4000, seed=9)
+    target = generate(LINE, 1000, seed=9)
     for n in (2, 3, 5):
         lost = [
             energy_distance(
@@ -88,7 +88,7 @@ def test_one_sample_says_nothing_and_a_few_little():
                         LINE.code,
                         fit_weights(LINE, LINE.code, generate(LINE, n, seed=seed)),
                     ),
-                    2000,
+                    1000,
                     seed=1,
                 ),
                 target,
