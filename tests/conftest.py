@@ -16,6 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from fl_wb.training.distillation import Distillation
 from tests.fresh import copy_repository, make_environment
 
 torch.set_num_threads(1)
@@ -45,6 +46,12 @@ def quick_gates(request: pytest.FixtureRequest) -> Iterator[None]:
             # neighbours are sought among so many samples, each of which is compared with each
             patch.setattr("fl_wb.adaptation.fast_adaptation.POOL", 1000)
             patch.setattr("fl_wb.adaptation.likeness.WALKED", 500)
+        if request.path.stem not in ("test_own_barycenter", "test_conditional_flower", "test_gate"):
+            patch.setattr("fl_wb.adaptation.weights.FOLDING", Distillation(100))
+        if request.path.stem not in ("test_metrics", "test_conditional", "test_conditional_flower"):
+            # a classifier as good as can be is not asked for; others have one of their own
+            patch.setattr("fl_wb.metrics.features.STEPS", 300)
+            patch.setattr("fl_wb.metrics.features._cache", {})
         yield
 
 
