@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import unified_diff
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,7 @@ from fl_wb.clients import FastAdaptation
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
 from fl_wb.training.distillation import Distillation
+from fl_wb.training.encoder import fit_encoder
 from tests.fresh import ROOT
 from tests.toys import ADAPTATION, STAGE, TERNARIZATION
 
@@ -61,6 +62,8 @@ def results(monkeypatch: pytest.MonkeyPatch) -> list[Result]:
     monkeypatch.setattr("fl_wb.clients.fast_adaptation.Ternarization", lambda: TERNARIZATION)
     monkeypatch.setattr("fl_wb.adaptation.weights.FOLDING", Distillation(20))
     monkeypatch.setattr("fl_wb.adaptation.gates.ITERATIONS", 20)
+    brief = partial(fit_encoder, iterations=50)
+    monkeypatch.setattr("fl_wb.training.encoder.fit_encoder", brief)
     found: list[Result] = []
     start = Strategy.start
 
@@ -100,7 +103,7 @@ def test_an_example_runs(name: str, version: str, results: list[Result]) -> None
 def test_numpy_clients_run_and_their_discriminator_is_averaged(
     version: str, results: list[Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"num-server-rounds": 3, "local-epochs": 10}
+    settings = {"num-server-rounds": 3, "local-epochs": 4}
     with example("numpy_client", version) as (server, client):
         # Prepare: note what each node's list is in the end
         lists: dict[int, tuple[int, list[Any]]] = {}
