@@ -109,7 +109,7 @@ def test_a_small_part_keeps_its_shape():
 def test_a_mixture_forgets_no_source(order: Sequence[int]):
     weights = (0.4, 0.3, 0.2, 0.1)
     stage = Stage(
-        distillation=Distillation(iterations=1000, lr=1e-2),
+        distillation=Distillation(iterations=1000, batch_size=64, lr=1e-2),
         training=Training(iterations=20, warmup=20),
     )
 
