@@ -13,6 +13,7 @@ draws the Frechet distance by round, where matplotlib is installed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import statistics
 from collections import defaultdict
@@ -151,6 +152,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--plot", type=Path, help="where to draw")
     given = parser.parse_args()
+    if given.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error('--plot needs matplotlib, which is not installed: pip install "fl-wb[plots]"')
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.WARNING)
     found: Found = defaultdict(list)
