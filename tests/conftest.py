@@ -22,6 +22,15 @@ from tests.fresh import copy_repository, make_environment
 torch.set_num_threads(1)
 
 
+LONG = ("test_deployment", "test_ray", "test_simulation", "test_surroundings")
+"""Files that wait minutes for processes: begun last, they would be left alone with a core."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long files; the others stay in their order."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_collection_finish() -> None:
     """Leave what all tests share, a million objects, out of every later garbage collection."""
     gc.collect()
