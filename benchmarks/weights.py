@@ -14,7 +14,8 @@ fine-tuned on the few samples and with our adaptation. With --starts, no row tha
 
 Seconds are of one core's time (`time.process_time`, one thread), those of a ternary generator
 without its adaptation's. Figures are means of five draws, given as mean and standard deviation over
-the seeds; "mean" rows are of all targets, and the last table but where these are not alike.
+the seeds; "mean" rows are of all targets. The last table is these rows alone, or, where targets are
+not alike, the others.
 """
 
 from __future__ import annotations
@@ -133,9 +134,10 @@ def main() -> None:
         overrides = " ".join(arguments.overrides)
         run(arguments.what, seed, table, overrides, arguments.starts)
         print(f"# after seed {seed}\n{markdown(table)}\n", flush=True)
-    means = {name: rows for name, rows in table.items() if name.startswith("mean")}
-    if arguments.what != "resembling":  # whose targets are not alike
-        print(markdown(means))
+    alike = arguments.what != "resembling"
+    print(
+        markdown({name: rows for name, rows in table.items() if name.startswith("mean") is alike})
+    )
 
 
 if __name__ == "__main__":
