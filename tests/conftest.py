@@ -51,10 +51,10 @@ def quick_gates(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.path.stem not in ("test_gate", "test_likeness", "test_own_barycenter"):
             hasten(patch)
-        if request.path.stem not in ("test_adaptation", "test_variation", "test_gate"):
             # neighbours are sought among so many samples, each of which is compared with each
-            patch.setattr("fl_wb.adaptation.fast_adaptation.POOL", 1000)
             patch.setattr("fl_wb.adaptation.likeness.WALKED", 500)
+        if request.path.stem not in ("test_adaptation", "test_variation", "test_gate"):
+            patch.setattr("fl_wb.adaptation.fast_adaptation.POOL", 1000)
         if request.path.stem not in ("test_own_barycenter", "test_conditional_flower", "test_gate"):
             patch.setattr("fl_wb.adaptation.weights.FOLDING", Distillation(100))
         if request.path.stem not in ("test_metrics", "test_conditional", "test_conditional_flower"):
