@@ -227,7 +227,7 @@ def test_of_a_start_that_fits_in_part_that_part_is_learned(monkeypatch: pytest.M
     monkeypatch.setattr(fast_adaptation, "choose_anchor", lambda *_: 5.0)  # what is wanted fits
     all_alike = reweighted(Points(), Code((1, 1)), (1, 1), gate=gate_of(0.0, 16))
     adapt(all_alike, few_of([0.0, 3.0], 15), iterations=0)
-    assert len(learned[-1]) == 2 * 4000  # the widened few, and as many of the start's own
+    assert len(learned[-1]) == 4000 + 8000  # the widened few, and twice as many of the start's own
     assert ((learned[-1] > 0.5) & (learned[-1] < 2.5)).float().mean() < 0.2  # half of the start
 
 

@@ -12,7 +12,7 @@ alone memorises them, so three things are ours here:
 
 A start that a gate made the target's own (`fl_wb.adaptation.gates`) has strangers left, which an
 anchor would hold. Where those of its samples that the few ask for (`fl_wb.adaptation.likeness`) fit
-them, these are half of what is learned, in the anchor's place. Not of other starts: they
+them, these are two thirds of what is learned, in the anchor's place. Not of other starts: they
 may lack some of the target's classes (measured), which then are learned too little.
 
 A small generator whose target is new may be *transported* first: its samples are coupled optimally
@@ -236,7 +236,7 @@ def adapt(
             distill(student, pairs, settings.transport, seed=seed, callback=first)
         else:
             bank = widened(few, pool, unchanged=unchanged, seed=seed)
-            bank = torch.cat([bank, wanted[: len(bank)]]) if partly else bank
+            bank = torch.cat([bank, wanted]) if partly else bank
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
