@@ -13,6 +13,7 @@ from scipy.stats import kstest
 from torch import Tensor, nn
 
 from fl_wb.adaptation import Adaptation, adapt, fast_adaptation, fit_gate, folded, own_start
+from fl_wb.adaptation.anchor import choose_anchor
 from fl_wb.clients.fast_adaptation import make_own
 from fl_wb.generators.code import Code
 from fl_wb.generators.gate import Gate
@@ -138,6 +139,32 @@ def test_a_target_gets_its_clusters_of_what_no_cell_tells_apart():
     found = generate(own, 4000).round().clamp(0, 3).long().flatten().bincount(minlength=4) / 4000
     assert found[1] + found[2] < 0.2  # half of the start
     assert found[0] == pytest.approx(0.5, abs=0.1)
+
+
+class Corners(nn.Module):
+    """Eight clusters, at the corners of a cube."""
+
+    latent_dim = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spread = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z[:, :3].sign() + self.spread * z[:, 3:6]
+
+
+def test_a_target_that_lacks_little_of_the_start_gets_a_gate_too():
+    start = Corners()
+    corner = torch.tensor(
+        [[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)]
+    )
+    noise = torch.randn(70, 3, generator=torch.Generator().manual_seed(0))
+    few = corner[:7].repeat_interleave(10, 0) + 0.1 * noise
+    assert choose_anchor(generate(start, 2000), few) > 0  # by far and near alone, the start fits
+    own = own_start(start, Code((1, 1)), few)
+    found = generate(own, 2000)
+    assert (found > 0).all(1).float().mean() < 0.05  # an eighth of the start
 
 
 def test_what_needs_no_gate_gets_none():

@@ -81,6 +81,14 @@ def test_two_alike_say_little_and_one_nothing():
     assert likeness(made, few[:2])(made)[~outer].mean() > 0.9
 
 
+@pytest.mark.parametrize("n", [3, 4])
+def test_of_few_samples_chance_is_not_taken_for_a_wish(n: int):
+    made, _ = rings(1000)
+    for seed in range(10):
+        few, _ = rings(n, seed=seed)
+        assert (likeness(made, few)(made) - 1).abs().mean() / 2 < 0.1
+
+
 def test_samples_that_are_all_the_same_leave_it_finite():
     for made in (torch.zeros(50, 2), torch.cat([torch.zeros(40, 2), torch.ones(10, 2)])):
         ratio = likeness(made, made[:5])(made)

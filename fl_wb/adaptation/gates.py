@@ -14,7 +14,6 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from fl_wb.adaptation.anchor import choose_anchor
 from fl_wb.adaptation.likeness import WALKED, likeness
 from fl_wb.adaptation.weights import fit_weights
 from fl_wb.generators.code import Code
@@ -25,7 +24,7 @@ from fl_wb.generators.sampling import device_of, latents_of, sampling
 LATENTS = 48_000
 """From which the gate learns."""
 
-NOTICED = 0.2
+NOTICED = 0.1
 """Less of the latents than this would only be moved by chance."""
 
 NEAR = 0.05
@@ -83,8 +82,6 @@ def fit_gate(
     parts = law.draw(LATENTS, torch.Generator().manual_seed(seed)).to(device).split(1000)
     with sampling(generator):
         made = torch.cat([generator(z) for z in parts[: WALKED // 1000]])
-        if choose_anchor(made, samples.to(made)):
-            return None
         asked = likeness(made, samples)
         ratio = torch.cat([asked(generator(z)) for z in parts])
     if (ratio - 1).abs().mean() / 2 <= NOTICED:

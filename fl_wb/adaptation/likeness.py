@@ -39,9 +39,11 @@ CERTAIN = 2.5
 BALANCING = 10
 """Rounds that give each of the few samples its share again, which certainty takes from some."""
 
-DOUBT = 8.0
-"""The generator's own shares count as if so much more likely, in log: two or three samples say
-little, where ten of one class are likelier by 20."""
+DOUBT, DOUBT_OF_FEW = 5.0, 10.0
+"""The generator's own shares count as if so much more likely, in log, and for n samples as much
+more as the second n times: two or three that are alike by chance say little, where ten of one class
+are likelier by 20. Samples of all that a generator makes were likelier by other shares by at most
+4.7 of two, 2.6 of fifteen and .2 of fifty, beyond the number of ways to walk."""
 
 STRAYS = 0.05
 """Share of the few samples that may be anything: the likelihood of none is 0."""
@@ -71,7 +73,7 @@ def likeness(made: Tensor, few: Tensor) -> Callable[[Tensor], Tensor]:
     n, steps = len(few), _steps(rows)
     first = _towards(few, rows, FIRST)
     starts = torch.cat([len(rows) * first, _towards(rows, rows, FIRST + 1, without=1).sum(0, True)])
-    found, likelihoods = [torch.ones(len(rows))], [torch.tensor(DOUBT)]
+    found, likelihoods = [torch.ones(len(rows))], [torch.tensor(doubt(n))]
     for _ in range(DOUBLINGS if n > 1 else 0):
         walks = starts @ steps
         there = walks[:-1] / walks[-1].clamp(min=1e-3)  # times as often as by chance
@@ -83,6 +85,11 @@ def likeness(made: Tensor, few: Tensor) -> Callable[[Tensor], Tensor]:
         steps = steps @ steps
     ratio = torch.stack(likelihoods).softmax(0) @ torch.stack(found)
     return lambda samples: (_towards(_rows(samples), rows, ALIKE) @ ratio).double()
+
+
+def doubt(n: int) -> float:
+    """Return how much likelier the generator's own shares are than any others, in log."""
+    return DOUBT + DOUBT_OF_FEW / n
 
 
 def _rows(samples: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from fl_wb.adaptation.likeness import DOUBT
+from fl_wb.adaptation.likeness import doubt
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.reweighted import Reweighted
@@ -161,7 +161,7 @@ def likeliest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:
     likely = torch.zeros(n, k, dtype=torch.float64).scatter_add_(1, near.indices // m, closeness)
     likely = likely / likely.sum(1, keepdim=True)
     likely = (likely + STRAYS / k) / (1 + STRAYS)
-    found, likelihoods = [shares], [(likely @ shares).log().sum() + DOUBT]
+    found, likelihoods = [shares], [(likely @ shares).log().sum() + doubt(n)]
     for prior in PRIORS:
         weights = shares
         for _ in range(ROUNDS):
