@@ -83,9 +83,9 @@ def fit_gate(
     with sampling(generator):
         made = torch.cat([generator(z) for z in parts[: WALKED // 1000]])
         asked = likeness(made, samples)
+        if (asked(made) - 1).abs().mean() / 2 <= NOTICED:
+            return None
         ratio = torch.cat([asked(generator(z)) for z in parts])
-    if (ratio - 1).abs().mean() / 2 <= NOTICED:
-        return None
     return _learned(torch.cat(parts), ratio.clamp(max=math.exp(LOGS[1])).float().to(device), seed)
 
 
