@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from time import perf_counter
 from typing import Any
@@ -26,6 +27,8 @@ from fl_wb import ternary
 from fl_wb.adaptation import POOL, Adaptation, variation_bank
 from fl_wb.clients.fast_adaptation import make_own
 from fl_wb.clients.received import fitted, own_samples, received, received_code
+from fl_wb.clients.sharing import offer
+from fl_wb.generators.reweighted import Reweighted
 from fl_wb.generators.sampling import driven, generate, generate_rows, latents_of
 from fl_wb.messages import keys
 from fl_wb.messages.replies import PICTURES
@@ -52,6 +55,8 @@ def target_evaluate(
     features: Callable[[Tensor], Tensor] | None = None,
     evaluation: Evaluation | None = None,
     send_few: bool = False,
+    share: bool = False,
+    min_memorization: float | None = None,
     labels: int | None = None,
     few_labels: Tensor | None = None,
     held_out_labels: Tensor | None = None,
@@ -75,6 +80,9 @@ def target_evaluate(
         As in `fl_wb.metrics.evaluate`, and how to compare.
     send_few : bool
         Send pictures of the few samples themselves. No other part of a reply has real samples.
+    share : bool
+        Offer what was adapted, of the architecture that the sources have, as a source from the next
+        round on (see `fl_wb.clients.sharing`), unless its memorization is below `min_memorization`.
     held_out_labels : Tensor, optional
         Of a conditional generator, of which there are `few_labels`, too: then also how well a
         classifier does that learned from the few, from these and generated ones, and from `real`
@@ -102,7 +110,8 @@ def target_evaluate(
     if critic is not None and keys.CRITIC in message.content.array_records:
         words = "the server's critic does not fit that of node"
         sent = fitted(message.content.array_records[keys.CRITIC], critic(), context, words)
-    made = make_own(
+    own = partial(
+        make_own,
         plain.to(device),
         few.to(device),
         code=code,
@@ -110,13 +119,22 @@ def target_evaluate(
         without=without,
         critic=critic if sent is None else lambda: sent,
         adaptation=adaptation,
-        ternarization=ternarization,
         labels=labels,
         few_labels=few_labels,
         seed=seed,
         device=device,
-        checkpoint=snapshots,
     )
+    made = own(ternarization=ternarization, checkpoint=snapshots)
+    if share:
+        adapted = own(plain=True).adapted if isinstance(made.adapted, Reweighted) else made.adapted
+        offer(
+            context,
+            adapted,
+            few,
+            held_out,
+            min_memorization=min_memorization,
+            counts=counts,
+        )
     networks, info = {"barycenter": plain}, ConfigRecord()
     figures: dict[str, MetricRecordValues] = {keys.WEIGHT: len(few)}
     figures["adapt-seconds"] = made.adapt_seconds

@@ -11,6 +11,8 @@ a deployment a node's ``node_config`` may say
 - ``epsilon``: the most that a source spends of `fl_wb.training.privacy.Privacy` in one training,
   whatever the run says;
 - ``min-memorization``: the least memorization of a generator that a source uploads, likewise;
+- ``share-adapted``: true lets a run with ``client.share_adapted=true`` have what this target
+  adapted to its own samples, which a node with ``data`` else keeps;
 - ``send-few-pictures``: true lets a run with ``client.send_few_pictures=true`` have pictures of
   this node's own samples, which a node with ``data`` else refuses.
 """
@@ -30,6 +32,7 @@ from fl_wb.app.config import from_run_config
 from fl_wb.app.factories import factories
 from fl_wb.app.schema import Config
 from fl_wb.clients import source_train, target_evaluate
+from fl_wb.clients.sharing import offers, shared
 from fl_wb.data import datasets
 from fl_wb.data.samples import Samples
 from fl_wb.generators.mixture import fitting
@@ -74,35 +77,23 @@ class Place:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Answer the server's question for this node's role."""
-    role = place(context, from_run_config(context.run_config)).role
-    content = RecordDict({keys.CONFIG: ConfigRecord({keys.ROLE: role})})
-    return Message(content, reply_to=message)
+    """Answer the server's question for this node's role, in this round where that matters."""
+    config = from_run_config(context.run_config)
+    node = place(context, config)
+    answer = ConfigRecord({keys.ROLE: node.role})
+    if config.data.in_turn or (config.client.share_adapted and node.role == keys.TARGET):
+        asked = message.content.config_records[keys.CONFIG].get("server-round", 1)
+        assert isinstance(asked, int)
+        role = _role_in(asked, node, config, context)
+        answer = ConfigRecord({keys.ROLE: role, keys.AGAIN: True})
+    return Message(RecordDict({keys.CONFIG: answer}), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train a generator on this source's data."""
-    config, node = _prepare(context, keys.SOURCE)
-    generator, critic = factories(config)
-    content = source_train(
-        message,
-        context,
-        generator=generator,
-        critic=critic,
-        samples=lambda: _source_samples(config, node),
-        settings=config.client.source,
-        labels=config.network.labels,
-        privacy=_privacy(config, context),
-        min_memorization=_min_memorization(config, context),
-        # A barycenter merges generators that are finished; averaging needs them to grow together.
-        again=config.strategy.name == "fedavg",
-        send_critic=config.strategy.critic,
-        store=StageStore(Path(node.cache) / f"source-{node.index}") if node.cache else None,
-        seed=_seed(config, node.index),
-        device=node.device,
-        callback=progress(f"source {node.index}"),
-    )
+    """Train a generator on this source's data, or hand on what a target adapted."""
+    config, node = _prepare(context, keys.TARGET if offers(context) else keys.SOURCE)
+    content = shared(context) if offers(context) else _trained(message, context, config, node)
     content[keys.INFO] = ConfigRecord(_said(node))
     return Message(content, reply_to=message)
 
@@ -133,11 +124,48 @@ def evaluate(message: Message, context: Context) -> Message:
         features=features,
         evaluation=config.client.evaluation,
         send_few=config.client.send_few_pictures,
+        share=_shares(config, context, node),
+        min_memorization=_min_memorization(config, context),
         seed=_seed(config, config.data.source_count + node.index),
         device=node.device,
     )
     content.config_records[keys.INFO].update(_said(node))
     return Message(content, reply_to=message)
+
+
+def _trained(message: Message, context: Context, config: Config, node: Place) -> RecordDict:
+    generator, critic = factories(config)
+    return source_train(
+        message,
+        context,
+        generator=generator,
+        critic=critic,
+        samples=lambda: _source_samples(config, node),
+        settings=config.client.source,
+        labels=config.network.labels,
+        privacy=_privacy(config, context),
+        min_memorization=_min_memorization(config, context),
+        # A barycenter merges generators that are finished; averaging needs them to grow together.
+        again=config.strategy.name == "fedavg",
+        send_critic=config.strategy.critic,
+        store=StageStore(Path(node.cache) / f"source-{node.index}") if node.cache else None,
+        seed=_seed(config, node.index),
+        device=node.device,
+        callback=progress(f"source {node.index}"),
+    )
+
+
+def _role_in(asked: int, node: Place, config: Config, context: Context) -> str:
+    """Return what a node plays in a round."""
+    turn = node.index + 1
+    trains, evaluates = (node.role in (role, keys.BOTH) for role in (keys.SOURCE, keys.TARGET))
+    shares = config.client.share_adapted and offers(context)
+    if config.data.in_turn:
+        stays = turn == len(config.data.targets) and asked > turn
+        trains, evaluates = trains and asked == turn, evaluates and (asked == turn or stays)
+        shares = shares and asked == turn + 1
+    played = {(True, True): keys.BOTH, (True, False): keys.SOURCE, (False, True): keys.TARGET}
+    return played.get((trains or shares, evaluates), keys.NONE)
 
 
 def place(context: Context, config: Config) -> Place:
@@ -180,6 +208,13 @@ def place(context: Context, config: Config) -> Place:
             f"node {context.node_id}: role={role!r} is not one of {', '.join(keys.ROLES)}"
         )
     return Place(str(role), partition, number, data, cache, device)
+
+
+def _shares(config: Config, context: Context, node: Place) -> bool:
+    """Return whether this node offers what it adapts: a target that asks for no privacy."""
+    willing = node.data is None or context.node_config.get("share-adapted") is True
+    private = _privacy(config, context).epsilon is not None
+    return config.client.share_adapted and node.role == keys.TARGET and willing and not private
 
 
 def _privacy(config: Config, context: Context) -> Privacy:

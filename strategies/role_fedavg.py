@@ -28,7 +28,7 @@ from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 from fl_wb.private_apis import aggregate_metricrecords, sample_nodes
 from fl_wb.strategies.metrics import averageable
-from fl_wb.strategies.roles import addressees, node_of, role_in, wants_forgetting
+from fl_wb.strategies.roles import addressees, node_of, role_in, says
 
 ROLE_TIMEOUT = 60.0  # seconds; a fresh client process has to import torch before it can answer
 
@@ -57,10 +57,11 @@ class RoleFedAvg(FedAvg):
 
     Every node is asked once, by a QUERY message, for its role: a ConfigRecord with ``role`` as
     "source", "target", "both" or "none" (it takes no part), and perhaps ``forget``, True of a node
-    that wants what it sent to be forgotten. A node that answers without a role,
-    or whose app has no ``@app.query()``, plays both, so that on such nodes this is FedAvg. One
-    that answers with an error or a role that is none is named, and takes no part until it is
-    asked again. What a node answers says nothing of the others.
+    that wants what it sent to be forgotten, or ``again``, True of one whose role is for this round
+    alone (``server-round`` in the message) and that is asked in the next one again. A node that
+    answers without a role, or whose app has no ``@app.query()``, plays both, so that on such nodes
+    this is FedAvg. One that answers with an error or a role that is none is named, and takes no
+    part until it is asked again. What a node answers says nothing of the others.
 
     Parameters
     ----------
@@ -86,6 +87,7 @@ class RoleFedAvg(FedAvg):
         bounded_weights([], max_share)
         self.observer, self.max_share = observer, max_share
         self._roles: dict[int, str] = {}
+        self._passing = set[int]()  # nodes whose roles are for this round alone
         self._arrays = ArrayRecord()  # the round's model
         self._sent: list[Message] = []
         self._connected = set[int]()  # thousands, perhaps: looked up for each upload
@@ -97,6 +99,9 @@ class RoleFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """Configure the next round of federated training, on sources."""
         self._arrays = arrays
+        for node_id in self._passing:
+            self._roles.pop(node_id, None)
+        self._passing.clear()
         return self._configure(SOURCE, server_round, arrays, config, grid)
 
     def configure_evaluate(
@@ -159,20 +164,22 @@ class RoleFedAvg(FedAvg):
             fraction, minimum = self.fraction_evaluate, self.min_evaluate_nodes
             kind, names = MessageType.EVALUATE, [*map(numpy_client.evaluation_key, names)]
         if fraction > 0.0:
-            node_ids = self._sample(grid, role, fraction, minimum)
+            node_ids = self._sample(grid, role, server_round, fraction, minimum)
             config["server-round"] = server_round
             record = RecordDict(dict(zip(names, (arrays, config), strict=True)))
             self._sent = list(self._construct_messages(record, node_ids, kind))
         return self._sent
 
-    def _sample(self, grid: Grid, role: str, fraction: float, minimum: int) -> list[int]:
+    def _sample(
+        self, grid: Grid, role: str, server_round: int, fraction: float, minimum: int
+    ) -> list[int]:
         # A sample of none waits for the nodes that FedAvg would wait for, and lists them.
         _, connected = sample_nodes(grid, max(self.min_available_nodes, minimum), 0)
         there = self._connected = set(connected)
         # Of nodes that left nothing is remembered; a fleet's ids would otherwise pile up.
         self._roles = {n: role for n, role in self._roles.items() if n in there}
         self._strikes = Counter({n: k for n, k in self._strikes.items() if n in there})
-        mistaken = self._ask_roles(grid, connected)
+        mistaken = self._ask_roles(grid, connected, server_round)
         able = [
             n for n in connected if n not in mistaken and self._roles.get(n, BOTH) in (role, BOTH)
         ]
@@ -188,7 +195,7 @@ class RoleFedAvg(FedAvg):
     def forget(self, node_id: int) -> None:
         """Forget what a node sent, where anything is kept of it: here, nothing is."""
 
-    def _ask_roles(self, grid: Grid, node_ids: Sequence[int]) -> set[int]:
+    def _ask_roles(self, grid: Grid, node_ids: Sequence[int], server_round: int) -> set[int]:
         """Ask the nodes whose role is not known; return those that answered with an error.
 
         Who does not answer plays both roles meanwhile, and like those is asked again next time.
@@ -196,10 +203,11 @@ class RoleFedAvg(FedAvg):
         unknown = [node_id for node_id in node_ids if node_id not in self._roles]
         if not unknown:
             return set()
-        if not self._roles:
+        if server_round == 1:
             log(INFO, "Asking nodes for their roles (an app without @app.query() logs an error,")
             log(INFO, "once a node, which does no harm: its nodes both train and evaluate)")
-        question = RecordDict({self.configrecord_key: ConfigRecord({"ask": ROLE})})
+        asked = ConfigRecord({"ask": ROLE, "server-round": server_round})
+        question = RecordDict({self.configrecord_key: asked})
         messages = list(self._construct_messages(question, unknown, MessageType.QUERY))
         mistaken = set()
         replies = list(grid.send_and_receive(messages, timeout=ROLE_TIMEOUT))
@@ -208,7 +216,9 @@ class RoleFedAvg(FedAvg):
             node_id = node_of(reply, nodes)
             try:
                 self._roles[node_id] = role_in(reply)
-                if wants_forgetting(reply):
+                if says(reply, keys.AGAIN):
+                    self._passing.add(node_id)
+                if says(reply, keys.FORGET):
                     self.forget(node_id)
             except InvalidUpload as error:
                 mistaken.add(node_id)

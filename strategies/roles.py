@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from flwr.app import Message
 
 from fl_wb.messages import numpy_client
-from fl_wb.messages.keys import BOTH, FORGET, ROLE, ROLES
+from fl_wb.messages.keys import BOTH, ROLE, ROLES
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.replies import check
 
@@ -25,10 +25,10 @@ def node_of(reply: Message, nodes: Mapping[str, int]) -> int:
     return nodes.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
 
 
-def wants_forgetting(reply: Message) -> bool:
-    """Return whether a node asks, beside its role, that what it sent be forgotten."""
+def says(reply: Message, key: str) -> bool:
+    """Return whether a node says, beside its role, `keys.FORGET` or `keys.AGAIN`."""
     records = () if reply.has_error() else reply.content.config_records.values()
-    return any(record.get(FORGET) is True for record in records)
+    return any(record.get(key) is True for record in records)
 
 
 def role_in(reply: Message) -> str:

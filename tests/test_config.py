@@ -129,7 +129,7 @@ def test_hydra_may_be_initialised_already() -> None:
         (
             "experiment=none",
             "must be one of: dirichlet, mixed, non_overlapping, overlapping, resembling, "
-            "three_sources, two_targets, unequal",
+            "stream, three_sources, two_targets, unequal",
         ),
         ("client.source=3", "client.source is a group; its keys are: batch_size, "),
         ("hydra.run.dir=x", "no key 'hydra.run.dir'"),

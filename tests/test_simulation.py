@@ -54,6 +54,8 @@ def run_in_process(output: Path, *overrides: str, nodes: int = 3, **options: Any
     grid = InProcessGrid(client_app, nodes, config)
     for node_id, killed in options.get("killed", {}).items():
         grid.nodes[node_id].killed = killed
+    for node_id, words in options.get("said", {}).items():
+        grid.nodes[node_id].context.node_config.update(words)
     server_app(grid, Context(7, 1, {}, RecordDict(), config))
     return grid
 

@@ -107,10 +107,10 @@ class Results:
 
     def evaluate(self, server_round: int, contents: Mapping[int, RecordDict]) -> None:
         """Keep the targets' figures, ternary generators and pictures."""
-        self._ternary = {}
         for node_id, content in sorted(contents.items()):
             name = self._name("target", node_id, content)
             self.targets[name] = replies.figures(content)
+            self._ternary.pop(name, None)
             with self._part(node_id, "its curve"):
                 if curve := replies.curve(content):
                     self.targets[name]["curve"] = curve
@@ -238,7 +238,7 @@ class Results:
             f", target {name}": (_steps(self.targets[name]), self._ternary.get(name, 0))
             for name in targets
         }
-        if not 1 < len(targets) <= APART:
+        if not 1 < len(targets) <= (len(targets) if self.config.data.in_turn else APART):
             apart = {"": (mean, max(self._ternary.values(), default=0))}
         sizes = dict.fromkeys(("barycenter", "reweighted", "adapted"), size)
         return {

@@ -119,6 +119,11 @@ class ClientConfig(Settings):
     features
         In what samples are compared: "classifier" (a small one, trained on the run's data),
         "inception" (for natural RGB images; pip install "fl-wb[inception]") or "pixels".
+    share_adapted
+        Whether a target offers its adapted generator as a source from the next round on; not below
+        `min_memorization`, nor of a node that asks for privacy. It tells much of few samples: a
+        node with data of its own offers nothing unless its own ``node_config`` says
+        ``share-adapted=true``.
     send_few_pictures
         Whether a target sends pictures of its few real samples to the server, which shows them: for
         simulations of public data. A node with data of its own refuses, unless its own
@@ -134,6 +139,7 @@ class ClientConfig(Settings):
     ternarization: Ternarization = field(default_factory=Ternarization)
     evaluation: Evaluation = field(default_factory=Evaluation)
     features: Annotated[str, one_of("classifier", "inception", "pixels")] = "classifier"
+    share_adapted: bool = False
     send_few_pictures: bool = False
 
 
@@ -221,6 +227,16 @@ def completed(config: Config) -> Config:
         raise ConfigError(
             f"client.privacy.epsilon={config.client.privacy.epsilon} is not for strategy=fedavg, "
             "whose sources train in every round and would spend it again in each"
+        )
+    if config.client.share_adapted and config.client.privacy.epsilon is not None:
+        raise ConfigError(
+            f"client.share_adapted=true is not with client.privacy.epsilon="
+            f"{config.client.privacy.epsilon}: nothing promises what a target adapted to be private"
+        )
+    if config.client.share_adapted and config.strategy.name == "ensemble":
+        raise ConfigError(
+            "client.share_adapted=true is not for strategy=ensemble, whose targets adapt all "
+            "generators together"
         )
     sizes = data.source_samples_per_class
     if sizes is not None and len(sizes) != data.source_count:

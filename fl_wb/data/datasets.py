@@ -69,6 +69,9 @@ class DataConfig(Settings):
     # Most images of a class that each source keeps of its share; None: all. A source's weight is
     # the number of its images.
     source_samples_per_class: Annotated[list[int], COUNTS] | None = None
+    # Nodes take part in turn: of the sources and of the targets, the first in round 1 alone, the
+    # second in round 2, ...; what comes after the last is left to the last target.
+    in_turn: bool = False
     # One source in place of `sources`, with every training image of the targets' classes, also
     # those that the targets have: the ceiling, which no node can reach.
     pooled: bool = False

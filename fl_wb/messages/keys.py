@@ -19,6 +19,7 @@ SHARES = "shares"
 LABELS = "label-counts"  # how often a node has each label: a list in the metrics of a train reply
 FORGOTTEN = "forgotten"  # cells that nobody is to sample any more, by their places
 FORGET = "forget"  # beside ROLE: whether what a node sent is to be forgotten
+AGAIN = "again"  # beside ROLE: whether it is for this round alone, and to be asked for again
 ROLE = "role"
 SOURCE, TARGET, BOTH, NONE = "source", "target", "both", "none"
 ROLES = (SOURCE, TARGET, BOTH, NONE)
