@@ -81,7 +81,7 @@ def test_two_alike_say_little_and_one_nothing():
     assert likeness(made, few[:2])(made)[~outer].mean() > 0.9
 
 
-@pytest.mark.parametrize("n", [3, 4])
+@pytest.mark.parametrize("n", [2, 3, 4])
 def test_of_few_samples_chance_is_not_taken_for_a_wish(n: int):
     made, _ = rings(1000)
     for seed in range(10):

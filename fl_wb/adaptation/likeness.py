@@ -39,11 +39,10 @@ CERTAIN = 2.5
 BALANCING = 10
 """Rounds that give each of the few samples its share again, which certainty takes from some."""
 
-DOUBT, DOUBT_OF_FEW = 5.0, 10.0
-"""The generator's own shares count as if so much more likely, in log, and for n samples as much
-more as the second n times: two or three that are alike by chance say little, where ten of one class
-are likelier by 20. Samples of all that a generator makes were likelier by other shares by at most
-4.7 of two, 2.6 of fifteen and .2 of fifty, beyond the number of ways to walk."""
+DOUBT, FEW = 5.0, 300.0
+"""The generator's own shares count as if so much more likely, in log, and of n samples by FEW / n^2
+more: of ten or fewer, some are alike by chance. With 6 in all for ten samples of a class, which was
+all that a generator made, four of twenty targets got a gate."""
 
 STRAYS = 0.05
 """Share of the few samples that may be anything: the likelihood of none is 0."""
@@ -90,7 +89,7 @@ def likeness(made: Tensor, few: Tensor) -> Callable[[Tensor], Tensor]:
 
 def doubt(n: int) -> float:
     """Return how much likelier the generator's own shares are than any others, in log."""
-    return DOUBT + DOUBT_OF_FEW / n
+    return DOUBT + FEW / n**2
 
 
 def _rows(samples: Tensor) -> Tensor:
