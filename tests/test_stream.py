@@ -106,6 +106,13 @@ def test_what_a_target_adapted_is_merged_from_the_next_round_on(
     assert any(isinstance(record, ArrayRecord) for record in kept.values())
 
 
+def test_in_turn_a_target_shares_in_the_round_after_its_own(tmp_path: Path) -> None:
+    grid = run_in_process(tmp_path, *STREAM, "client.share_adapted=true", nodes=5)
+    assert seen(grid, "train") == [1, 1, 1, 1, 1]
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert [found["rounds"][r]["train"]["uploads-merged"] for r in "123"] == [1, 3, 5]
+
+
 def test_a_target_that_asks_for_privacy_or_has_its_own_data_offers_nothing(tmp_path: Path) -> None:
     config = ["rounds=2", "client.share_adapted=true", BRIEF, *FEW.split()]
     own = {"role": "target", "data": str(folder_of(tmp_path / "data", 0))}
