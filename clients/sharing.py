@@ -7,6 +7,7 @@ import logging
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from torch import Tensor, nn
 
+from fl_wb.clients.source import MADE
 from fl_wb.generators.sampling import generate
 from fl_wb.messages import keys
 from fl_wb.metrics import memorization
@@ -14,8 +15,6 @@ from fl_wb.metrics import memorization
 _GENERATOR, _METRICS = "fl_wb.shared.generator", "fl_wb.shared.metrics"  # in context.state
 
 log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
-
-MADE = 1000  # samples by which the memorization is measured
 
 
 def offer(
