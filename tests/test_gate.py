@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fl_wb.adaptation import Adaptation, adapt, fast_adaptation, fit_gate, folded, own_start
 from fl_wb.adaptation.anchor import choose_anchor
+from fl_wb.adaptation.gates import asked_for
 from fl_wb.clients.fast_adaptation import make_own
 from fl_wb.generators.code import Code
 from fl_wb.generators.gate import Gate
@@ -254,8 +255,16 @@ def test_of_a_start_that_fits_in_part_that_part_is_learned(monkeypatch: pytest.M
     monkeypatch.setattr(fast_adaptation, "choose_anchor", lambda *_: 5.0)  # what is wanted fits
     all_alike = reweighted(Points(), Code((1, 1)), (1, 1), gate=gate_of(0.0, 16))
     adapt(all_alike, few_of([0.0, 3.0], 15), iterations=0)
-    assert len(learned[-1]) == 4000 + 8000  # the widened few, and twice as many of the start's own
+    assert len(learned[-1]) == 2000 + 8000  # the widened few, and four times as many of the start's
     assert ((learned[-1] > 0.5) & (learned[-1] < 2.5)).float().mean() < 0.2  # half of the start
+
+
+@pytest.mark.usefixtures("quick_gate")
+def test_what_a_gate_keeps_back_can_be_asked_for():
+    start = reweighted(Points(), Code((1, 1)), (1, 1), gate=fit_gate(Points(), few_of([3.0], 15)))
+    assert ((generate(start, 1000) - 3.0).abs() < 0.5).float().mean() > 0.9
+    wanted = asked_for(start, few_of([0.0], 15), 1000)
+    assert (wanted.abs() < 0.5).float().mean() > 0.9
 
 
 @pytest.mark.usefixtures("quick_gate")

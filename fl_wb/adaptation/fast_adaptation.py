@@ -11,9 +11,10 @@ alone memorises them, so three things are ours here:
   counts.
 
 A start that a gate made the target's own (`fl_wb.adaptation.gates`) has strangers left, which an
-anchor would hold. Where those of its samples that the few ask for (`fl_wb.adaptation.likeness`) fit
-them, these are two thirds of what is learned, in the anchor's place. Not of other starts: they
-may lack some of the target's classes (measured), which then are learned too little.
+anchor would hold. Where those samples that the few ask for (`fl_wb.adaptation.likeness`), of all
+that it makes without its gate, fit them, these are most of what is learned, in the anchor's place.
+Not of other starts: they may lack some of the target's classes (measured), which then are learned
+too little.
 
 A small generator whose target is new may be *transported* first: its samples are coupled optimally
 with the widened ones, and it is regressed on that coupling (`transport_pairs`).
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.adaptation.anchor import COMPARED, choose_anchor, worse
-from fl_wb.adaptation.likeness import likeness
+from fl_wb.adaptation.gates import asked_for
 from fl_wb.adaptation.variation import labelled_bank, transport_pairs, variation_bank
 from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.latents import Draw
@@ -68,6 +69,9 @@ METHODS = ("variation", "transport", "plain")
 
 POOL = 8000
 """Samples of the start generator whose differences are transferred."""
+
+WANTED = 0.8
+"""Share of what is learned that the few ask for, of a start with a gate; the rest is widened."""
 
 SCARCE = 20
 """Up to so many samples, all are widened; of n more, a share of 1 - SCARCE / n is learned as is."""
@@ -217,12 +221,13 @@ def adapt(
             few = few[order[:MANY].to(few.device)]
         pool = pool.to(few.device)
         anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
-        partly = isinstance(guide, Reweighted) and guide.gate is not None
-        partly = partly and settings.anchor is None and not form
-        wanted = _wanted(pool, few, seed) if partly else pool
-        partly = partly and choose_anchor(wanted, few) > 0
-        if partly:
-            anchor, pool = 0.0, wanted
+        partly = False
+        gated = isinstance(guide, Reweighted) and guide.gate is not None and not form
+        if gated and settings.anchor is None:
+            wanted = asked_for(guide, few, POOL, seed=seed).to(few.device)
+            partly = choose_anchor(wanted, few) > 0
+            if partly:
+                anchor, pool = 0.0, wanted
         # a start that fits, all of it or in part, makes what a few samples lack
         unchanged = 0.0 if anchor or partly else max(0.0, 1 - SCARCE / len(few))
         moves = settings.method == "transport" and not anchor and not partly
@@ -236,7 +241,8 @@ def adapt(
             distill(student, pairs, settings.transport, seed=seed, callback=first)
         else:
             bank = widened(few, pool, unchanged=unchanged, seed=seed)
-            bank = torch.cat([bank, wanted]) if partly else bank
+            if partly:
+                bank = torch.cat([bank[: round(POOL * (1 - WANTED) / WANTED)], pool])
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
@@ -261,13 +267,6 @@ def adapt(
     if isinstance(adapted, LabelledGenerator):
         adapted = adapted.generator
     return undriven(adapted.to(home), generator)
-
-
-def _wanted(pool: Tensor, few: Tensor, seed: int) -> Tensor:
-    """Return as many samples of the pool again, drawn as often as the few ask for them."""
-    rng = torch.Generator().manual_seed(seed)
-    drawn = likeness(pool, few)(pool).multinomial(len(pool), replacement=True, generator=rng)
-    return pool[drawn.to(pool.device)]
 
 
 def _energy_to(bank: Tensor) -> Regularizer:

@@ -18,8 +18,8 @@ from fl_wb.adaptation.likeness import WALKED, likeness
 from fl_wb.adaptation.weights import fit_weights
 from fl_wb.generators.code import Code
 from fl_wb.generators.gate import LOGS, Gate
-from fl_wb.generators.reweighted import reweighted
-from fl_wb.generators.sampling import device_of, latents_of, sampling
+from fl_wb.generators.reweighted import Reweighted, reweighted
+from fl_wb.generators.sampling import device_of, generate, latents_of, sampling
 
 LATENTS = 48_000
 """From which the gate learns."""
@@ -87,6 +87,29 @@ def fit_gate(
             return None
         ratio = torch.cat([asked(generator(z)) for z in parts])
     return _learned(torch.cat(parts), ratio.clamp(max=math.exp(LOGS[1])).float().to(device), seed)
+
+
+def asked_for(gated: Reweighted, samples: Tensor, n: int, *, seed: int = 0) -> Tensor:
+    """Return n samples, drawn as often as a few ask for them, of what no gate has chosen.
+
+    What a gate lets through is off in its own way, and what it keeps back cannot be asked for.
+
+    Parameters
+    ----------
+    gated : Reweighted
+        Of its cells, weighted as they are.
+    samples : Tensor
+        The few real samples (m, ...).
+    n : int
+        As many are made, and drawn of these.
+    seed : int
+    """
+    inside, dim = gated.generator, gated.latent_dim
+    ungated = reweighted(inside, gated.code, gated.weights, latent_dim=dim)
+    made = generate(ungated, n, seed=seed)
+    rng = torch.Generator().manual_seed(seed)
+    drawn = likeness(made, samples)(made).multinomial(n, replacement=True, generator=rng)
+    return made[drawn.to(made.device)]
 
 
 def _learned(z: Tensor, ratio: Tensor, seed: int) -> Gate:
