@@ -222,8 +222,7 @@ def adapt(
         pool = pool.to(few.device)
         anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
         partly = False
-        gated = isinstance(guide, Reweighted) and guide.gate is not None and not form
-        if gated and settings.anchor is None:
+        if isinstance(guide, Reweighted) and guide.gate and settings.anchor is None and not form:
             wanted = asked_for(guide, few, POOL, seed=seed).to(few.device)
             partly = choose_anchor(wanted, few) > 0
             if partly:
