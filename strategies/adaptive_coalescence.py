@@ -208,6 +208,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self.screening = screening
         self._patience = patience
         self._coalescence: Coalescence | None = None
+        self._to_forget: list[int] = []  # once it is known what there is
         self._last_round: int | None = None
         self._evaluated = True  # by the server itself
 
@@ -307,8 +308,13 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
 
         The next merge is without it, and does not start at this barycenter. A node asks for the
         same by ``"forget": True`` beside its role. What is folded with others' cannot be forgotten.
+
+        Before `start`, what the store has of the node is forgotten as soon as it is taken up; in a
+        run and after it, at once.
         """
-        if self._coalescence is not None:
+        if self._coalescence is None:
+            self._to_forget.append(node_id)
+        else:
             self._coalescence.forget(node_id)
 
     def aggregate_train(
@@ -358,7 +364,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             merger.latents,
         )
         self._strikes.clear()
-        return Coalescence(
+        coalescence = Coalescence(
             Model(arrays, network, self.generator_keys, self.refit),
             merger,
             screening=self.screening,
@@ -366,6 +372,9 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             max_share=self.max_share,
             averages=self.continue_from == "own" and self.max_age is None,
         )
+        while self._to_forget:
+            coalescence.forget(self._to_forget.pop())
+        return coalescence
 
     def _is_needed(self, server_round: int) -> bool:
         """Say whether somebody is given this round's model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fl_wb.barycenter import GEODESICS, Stage, optimality_gap, recursive_barycenter
+from fl_wb.barycenter import GEODESICS, Stage, optimality_gap, recursive_barycenter, stage_of
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import energy_distance
 from fl_wb.training.distillation import Distillation
@@ -311,6 +312,17 @@ def test_a_geodesic_between_two_measures_takes_two(geodesic: str):
         recursive_barycenter([Gaussian(LEFT)], geodesic=geodesic, fan_in=3)
     with pytest.raises(ValueError, match="fan_in=1 must be 2 or more"):
         recursive_barycenter([Gaussian(LEFT)], fan_in=1)
+
+
+def test_two_critics_are_trained_or_refused():
+    with pytest.raises(ValueError, match=r"two_critics.*training.iterations of 1 or more, not 0"):
+        Stage(geodesic="two_critics")
+    brief = Stage(training=Training(iterations=3))
+    assert stage_of(brief, "two_critics", None, None, None) == replace(
+        brief, geodesic="two_critics"
+    )
+    short = stage_of(None, "two_critics", None, 7, None)
+    assert (short.distillation.iterations, short.training.iterations) == (7, Training().iterations)
 
 
 @pytest.mark.parametrize(("n", "iterations"), [(2, 20), (10, 20), (20, 34), (40, 56), (80, 56)])

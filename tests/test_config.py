@@ -163,6 +163,7 @@ def test_hydra_may_be_initialised_already() -> None:
         ("device=gpu", "device='gpu' must be cpu, mps, cuda, or one CUDA device"),
         ("data=mnist", "data.root must be given"),
         # settings that contradict each other
+        ("strategy.stage.geodesic=two_critics", "'two_critics' must have training.iterations of 1"),
         (
             "strategy=transfer strategy.source=2",
             "source=2 must be less than 2, the number of sources",

@@ -106,6 +106,21 @@ def test_an_unknown_node_is_no_matter():
     assert len(run._coalescence.uploads) == 2
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_between_two_runs_a_node_is_forgotten_for_good(when: str, tmp_path: Path):
+    # Prepare
+    first = strategy(store=tmp_path)
+    start(first, grid_of(app(evaluates), 1, 2, 3))
+    then = strategy(store=tmp_path)
+
+    # Execute
+    (first if when == "after" else then).forget(2)
+
+    # Assert
+    again = start(then, grid_of(app(evaluates), 1, 3))
+    assert same(again.arrays, merged_of(1, 3))
+
+
 def test_a_node_that_leaves_may_ask_for_it(tmp_path: Path):
     def leaves(made: ClientApp) -> None:
         @made.query()

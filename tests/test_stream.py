@@ -139,10 +139,11 @@ def test_what_memorises_is_not_offered(caplog: pytest.LogCaptureFixture) -> None
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        ("rounds=1", "client.share_adapted=true needs rounds of 2 or more, not 1"),
         ("client.privacy.epsilon=8", "client.share_adapted=true is not with client.privacy.epsil"),
         ("strategy=ensemble", "client.share_adapted=true is not for strategy=ensemble"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(overrides: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        compose(f"client.share_adapted=true {overrides}")
+        compose(f"client.share_adapted=true rounds=2 {overrides}")

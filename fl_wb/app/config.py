@@ -104,6 +104,10 @@ def checked(values: Mapping[str, Any] | DictConfig) -> Config:
         return completed(cast(Config, OmegaConf.to_object(typed)))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # of settings whose fields contradict each other
+        raise ConfigError(str(error)) from error
 
 
 def to_run_config(config: Config, overrides: Sequence[str]) -> dict[str, str]:

@@ -228,6 +228,11 @@ def completed(config: Config) -> Config:
             f"client.privacy.epsilon={config.client.privacy.epsilon} is not for strategy=fedavg, "
             "whose sources train in every round and would spend it again in each"
         )
+    if config.client.share_adapted and config.rounds < 2:
+        raise ConfigError(
+            f"client.share_adapted=true needs rounds of 2 or more, not {config.rounds}: what a "
+            "target adapts in one round is merged in the next"
+        )
     if config.client.share_adapted and config.client.privacy.epsilon is not None:
         raise ConfigError(
             f"client.share_adapted=true is not with client.privacy.epsilon="

@@ -14,9 +14,8 @@ from fl_wb.barycenter.recursion import (
     check_fan_in,
     recursive_barycenter,
     shares_learned,
-    stage_of,
 )
-from fl_wb.barycenter.stage import GEODESICS, STARTS, VERSION, Stage
+from fl_wb.barycenter.stage import GEODESICS, STARTS, VERSION, Stage, stage_of
 from fl_wb.barycenter.teachers import Measure, UselessMeasures
 
 __all__ = [

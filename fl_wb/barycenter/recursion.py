@@ -23,7 +23,7 @@ from torch import nn
 
 from fl_wb.barycenter.executors import check_executor, run_level
 from fl_wb.barycenter.merge import Merge
-from fl_wb.barycenter.stage import Stage
+from fl_wb.barycenter.stage import Stage, stage_of
 from fl_wb.barycenter.teachers import Measure, label_frequencies
 from fl_wb.generators.latents import Draw, mixed
 from fl_wb.generators.networks import MLPCritic
@@ -88,7 +88,8 @@ def recursive_barycenter(
         Makes a fresh critic of samples; a multilayer perceptron if None.
     geodesic, start, iterations, budget : optional
         Short for the fields of `stage` of that name; iterations are the distillation's, or the
-        WGAN's where nothing is distilled.
+        WGAN's where nothing is distilled. ``two_critics`` are trained for as many iterations as
+        `Training` has, where `stage` has none.
     stage : Stage, optional
         All settings of a stage.
     seed : int
@@ -258,29 +259,6 @@ def check_fan_in(fan_in: int | None, settings: Stage) -> int:
         allowed = f"2: {settings.geodesic} is between two measures" if pairs else "2 or more"
         raise ValueError(f"fan_in={fan_in} must be {allowed}")
     return fan_in
-
-
-def stage_of(
-    stage: Stage | None,
-    geodesic: str | None,
-    start: str | None,
-    iterations: int | None,
-    budget: float | None,
-) -> Stage:
-    """Return the settings of a stage, with those that were given apart in place of its own."""
-    settings = stage or Stage()
-    settings = replace(
-        settings,
-        geodesic=geodesic or settings.geodesic,
-        start=start or settings.start,
-        budget=settings.budget if budget is None else budget,
-    )
-    if iterations is None:
-        return settings
-    if settings.start == "distilled":
-        distillation = replace(settings.distillation, iterations=iterations)
-        return replace(settings, distillation=distillation)
-    return replace(settings, training=replace(settings.training, iterations=iterations))
 
 
 def _of_stage(

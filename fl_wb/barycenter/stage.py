@@ -68,6 +68,15 @@ class Stage(Settings):
     training: Training = field(default_factory=lambda: Training(iterations=0, warmup=100))
     budget: Annotated[float, above(0)] | None = None
 
+    def __post_init__(self) -> None:
+        """Check all fields, and that two critics, if they are named, are trained."""
+        super().__post_init__()
+        if self.geodesic == "two_critics" and not self.training.iterations:
+            raise ValueError(
+                "geodesic='two_critics' must have training.iterations of 1 or more, not 0: without "
+                "a WGAN no critic is trained, and it would be the mixture"
+            )
+
     @classmethod
     def quick(cls) -> Stage:
         """Return settings with the small batches of convolutional generators, for any."""
@@ -106,3 +115,30 @@ class Stage(Settings):
             distillation=replace(self.distillation, iterations=of(self.distillation.iterations)),
             training=replace(self.training, iterations=of(self.training.iterations)),
         )
+
+
+def stage_of(
+    stage: Stage | None,
+    geodesic: str | None,
+    start: str | None,
+    iterations: int | None,
+    budget: float | None,
+) -> Stage:
+    """Return the settings of a stage, with those that were given apart in place of its own."""
+    settings = stage or Stage()
+    training = settings.training
+    if geodesic == "two_critics" and not training.iterations:
+        training = replace(training, iterations=Training().iterations)
+    settings = replace(
+        settings,
+        training=training,
+        geodesic=geodesic or settings.geodesic,
+        start=start or settings.start,
+        budget=settings.budget if budget is None else budget,
+    )
+    if iterations is None:
+        return settings
+    if settings.start == "distilled":
+        distillation = replace(settings.distillation, iterations=iterations)
+        return replace(settings, distillation=distillation)
+    return replace(settings, training=replace(settings.training, iterations=iterations))

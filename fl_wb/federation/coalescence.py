@@ -65,6 +65,7 @@ class Coalescence:
         self.uploads = Uploads()
         self.shares: list[float] = []
         self.forgotten: list[int] = []
+        self._round = 0  # that was kept last
         self._cells: list[str] = []  # the uploads of which they are
         self._merged: State | None = None  # the barycenter, under the generator's own names
         self._afresh = False  # whether the next merge may know nothing of the last one
@@ -119,6 +120,7 @@ class Coalescence:
         self._afresh = True
         if upload.key in self._cells and len(self.forgotten) + 1 < len(self.shares):
             self.forgotten.append(self._cells.index(upload.key))
+        self.save(self._round)  # at once: a server that is killed now must not remember it
         log(INFO, "forgot node %d", node_id)
 
     @property
@@ -132,8 +134,10 @@ class Coalescence:
 
     def save(self, server_round: int) -> None:
         """Keep the end of a round on disk, if there is a folder."""
+        self._round = server_round
         if self._memory is not None:
-            self._memory.save(self.uploads, self._merged, server_round)
+            merged = None if self._afresh else self._merged
+            self._memory.save(self.uploads, merged, server_round)
 
     def own(self, node_id: int) -> ArrayRecord | None:
         """Return the last model that a node sent, or None."""
