@@ -98,7 +98,7 @@ def own_samples(
     TypeError, ValueError
         Naming the node, and what its samples are instead.
     """
-    node = f"node {context.node_id} {dict(context.node_config)}"
+    node = f"node {context.node_id}"
     made = generate(start, 2, latent_dim=latent_dim)  # of one, batch statistics are none
     check_real(few, made, f"{node}: its samples")
     if len(few) == 0:

@@ -16,7 +16,7 @@ from fl_wb.generators.sampling import driven, generate
 from fl_wb.messages import keys
 from fl_wb.metrics import memorization
 from fl_wb.persistence.stage_store import StageStore
-from fl_wb.persistence.tensor_files import below
+from fl_wb.persistence.tensor_files import below, digest
 from fl_wb.training.conditional import label_counts
 from fl_wb.training.privacy import Privacy
 from fl_wb.training.wgan import Progress, Training
@@ -111,11 +111,12 @@ def source_train(
         if len(data) == 0:
             raise ValueError(f"node {context.node_id} has no samples to train on")
         _warn_of_few(len(data), private)
-        seen, held_out = _split(len(data), min_memorization, seed)
+        seen, held_out = _split(data, min_memorization, seed, private=private)
         data, unseen = data[seen], data[held_out]
         own_labels = None if own_labels is None else own_labels[seen]
-        # Named by where training starts, too: a round of FedAvg finds nothing of the one before.
-        one = driven(network, labels=labels)
+        # Named by where training starts, too, if it goes on: a round of FedAvg finds nothing of the
+        # one before. Else the first training is the only one, whatever the server sends later.
+        one = driven(network if again else seeded(generator, seed), labels=labels)
         judge = seeded(critic, seed)
         key = key_of(one, judge, data, own_labels, settings, privacy, seed, device)
         found = store.get(key) if store else None
@@ -149,18 +150,20 @@ def source_train(
             made_of = generate(network.cpu(), MADE, labels=often)
             measured = memorization(made_of, data, unseen)
             if not measured >= min_memorization:
+                log.warning("memorization=%.3g of this source's generator", measured)
+                said = "" if private else f"={measured:.3g}"
                 raise ValueError(
-                    f"node {context.node_id} uploads nothing: memorization={measured:.3g} of its "
+                    f"node {context.node_id} uploads nothing: memorization{said} of its "
                     f"generator must be at least min_memorization={min_memorization}"
                 )
             figures |= {} if private else {"memorization": measured}
         state[_GENERATOR] = ArrayRecord(made)
         if send_critic:
             state[_JUDGE] = ArrayRecord(below(found, _CRITIC))
-        said = MetricRecord({keys.WEIGHT: len(data), **figures})
+        metrics = MetricRecord({keys.WEIGHT: len(data), **figures})
         if often is not None:
-            said[keys.LABELS] = often
-        state[_METRICS] = said
+            metrics[keys.LABELS] = often
+        state[_METRICS] = metrics
     content = RecordDict({keys.ARRAYS: state[_GENERATOR], keys.METRICS: state[_METRICS]})
     if send_critic:
         content[keys.CRITIC] = state[_JUDGE]
@@ -177,8 +180,15 @@ def _warn_of_few(n: int, private: bool) -> None:
         )
 
 
-def _split(n: int, min_memorization: float | None, seed: int) -> tuple[Tensor, Tensor]:
-    """Return which of n samples to train on, and which to measure the memorization with."""
+def _split(
+    data: Tensor, min_memorization: float | None, seed: int, *, private: bool
+) -> tuple[Tensor, Tensor]:
+    """Return which samples to train on, and which to measure the memorization with.
+
+    Where one sample more or less must hardly be seen, each is chosen by itself alone: it may not
+    move the others from one part to the other.
+    """
+    n = len(data)
     if min_memorization is None:
         return torch.arange(n), torch.arange(0)
     if n < 2 * HELD_OUT:
@@ -186,6 +196,11 @@ def _split(n: int, min_memorization: float | None, seed: int) -> tuple[Tensor, T
             f"min_memorization={min_memorization} cannot be measured with {n} samples: "
             f"it takes {2 * HELD_OUT}"
         )
+    if private:
+        out = torch.tensor([int(digest({"x": x})[:8], 16) % HELD_OUT == 0 for x in data])
+        if 0 < out.sum() < n:
+            return (~out).nonzero().squeeze(1), out.nonzero().squeeze(1)
+        raise ValueError(f"min_memorization={min_memorization} cannot be measured: too few samples")
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     held_out = n // HELD_OUT
     return order[held_out:], order[:held_out]

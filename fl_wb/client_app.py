@@ -19,6 +19,7 @@ a deployment a node's ``node_config`` may say
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fl_wb.app.config import from_run_config
@@ -39,11 +41,34 @@ from fl_wb.generators.mixture import fitting
 from fl_wb.messages import keys
 from fl_wb.metrics import inception_features, train_features
 from fl_wb.persistence.stage_store import StageStore
-from fl_wb.persistence.tensor_files import digest
 from fl_wb.reporting.progress import progress
 from fl_wb.training.privacy import Privacy
 
-app = ClientApp()
+log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
+
+
+class Refused(ValueError):
+    """What a node refuses, in words that the server may have."""
+
+
+def discreet(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Keep on a node with data of its own what its errors say: names of files, values, settings.
+
+    Flower sends the words of an exception to the server.
+    """
+    try:
+        return call_next(message, context)
+    except Refused:
+        raise
+    except Exception as error:
+        if "data" not in context.node_config:
+            raise
+        log.exception("node %d failed", context.node_id)
+        name = type(error).__name__
+        raise RuntimeError(f"node {context.node_id}: {name}; its own log says why") from None
+
+
+app = ClientApp(mods=[discreet])
 
 
 @dataclass(frozen=True)
@@ -55,8 +80,9 @@ class Place:
     role
         One of `keys.ROLES`.
     index
-        Its number among the nodes of that role; of a node with data of its own and no number, one
-        that its data have in every run. The seed is made of it, and it does not leave the node.
+        Its number among the nodes of that role, and 0 of a node with data of its own and no number.
+        The seed is made of it, and so it is nothing of the data: whoever knows the seed of a
+        network's first weights knows it from what becomes of them.
     number
         What it says to the server of it: its ``partition-id``, if it has one.
     data
@@ -135,15 +161,16 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _trained(message: Message, context: Context, config: Config, node: Place) -> RecordDict:
     generator, critic = factories(config)
+    privacy = _privacy(config, context)
     return source_train(
         message,
         context,
         generator=generator,
         critic=critic,
-        samples=lambda: _source_samples(config, node),
+        samples=lambda: _source_samples(config, node, privacy.epsilon is not None),
         settings=config.client.source,
         labels=config.network.labels,
-        privacy=_privacy(config, context),
+        privacy=privacy,
         min_memorization=_min_memorization(config, context),
         # A barycenter merges generators that are finished; averaging needs them to grow together.
         again=config.strategy.name == "fedavg",
@@ -180,23 +207,20 @@ def place(context: Context, config: Config) -> Place:
     data, cache = (_folder(context, key) for key in ("data", "cache"))
     number = partition if isinstance(partition, int) else None
     if config.client.send_few_pictures and data and node.get("send-few-pictures") is not True:
-        raise ValueError(
+        raise Refused(
             f"node {context.node_id} has data of its own, of which client.send_few_pictures=true "
             "would send pictures: run without it, or start the node with "
             "--node-config send-few-pictures=true"
         )
     if partition is None and data is not None:
-        # A number that is the same in every run, whatever id a SuperLink gives to the node: the
-        # same data, the same seed, the same generator.
-        own, _ = datasets.load_own(data, config.data)
-        partition = int(digest({"images": own.images})[:12], 16) % 1_000_000
+        partition = 0
     if not isinstance(partition, int) or partition < 0:
         raise ValueError(
-            f"node {context.node_id}: node_config {dict(node)} needs a partition-id (0, 1, ...), "
-            "which says what part of the run's data it has, or data, a folder of its own"
+            f"node {context.node_id}: its node_config needs a partition-id (0, 1, ...), which says "
+            "what part of the run's data it has, or data, a folder of its own"
         )
     device = str(node.get("device", config.device))
-    role = node.get("role", None if data is None else keys.BOTH)
+    role = node.get("role", None if data is None else _role_of_own(config, context))
     if role is None:
         sources, targets = config.data.source_count, len(config.data.targets)
         role = keys.SOURCE if partition < sources else keys.NONE
@@ -215,6 +239,15 @@ def _shares(config: Config, context: Context, node: Place) -> bool:
     willing = node.data is None or context.node_config.get("share-adapted") is True
     private = _privacy(config, context).epsilon is not None
     return config.client.share_adapted and node.role == keys.TARGET and willing and not private
+
+
+def _role_of_own(config: Config, context: Context) -> str:
+    """Return what a node with data of its own is unless it says it: both, if nothing is kept back.
+
+    What a target makes of its samples, it makes without noise and unmeasured.
+    """
+    limits = (_privacy(config, context).epsilon, _min_memorization(config, context))
+    return keys.BOTH if limits == (None, None) else keys.SOURCE
 
 
 def _privacy(config: Config, context: Context) -> Privacy:
@@ -247,11 +280,15 @@ def _folder(context: Context, key: str) -> str | None:
     raise ValueError(f"node {context.node_id}: {key}={folder!r} must be an absolute folder")
 
 
-def _source_samples(config: Config, node: Place) -> Tensor | tuple[Tensor, Tensor]:
+def _source_samples(config: Config, node: Place, private: bool) -> Tensor | tuple[Tensor, Tensor]:
     if node.data is None:
         own = datasets.source_samples(config.data, node.index)
     else:
-        own = datasets.load_own(node.data, config.data)[0]
+        own, kept = datasets.load_own(node.data, config.data)
+        if private:  # which part is kept is drawn, and one sample more draws another
+            own = Samples(
+                torch.cat([own.images, kept.images]), torch.cat([own.labels, kept.labels])
+            )
     return own.images if config.network.labels is None else (own.images, own.labels)
 
 

@@ -343,11 +343,11 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         good = arrived.keys() & self._coalescence.uploads.of_nodes().keys()
         if not good:
             log(WARNING, "no valid upload in round %d: the model stays", server_round)
-        self._judge(dict(received).keys() - good, good)
+        self._judge((dict(received).keys() | self._refused) - good, good)
         kept = [(node_id, content) for node_id, content in received if node_id in good]
         metrics = MetricRecord(dict(self._metrics(server_round, kept, is_train=True) or {}))
         metrics["uploads-merged"] = len(self._coalescence.uploads)
-        metrics["uploads-dropped"] = len(received) - len(kept)
+        metrics["uploads-dropped"] = len(received) + len(self._refused) - len(kept)
         return arrays, metrics
 
     def _begin(self, arrays: ArrayRecord) -> Coalescence:

@@ -26,6 +26,7 @@ class EdgeOnly(RoleFedAvg):
     ) -> Iterable[Message]:
         """Ask nobody to train."""
         self._sent, self._arrays = [], arrays
+        self._ask_again()
         return []
 
     def aggregate_train(
@@ -75,7 +76,8 @@ class Transfer(Combining):
     *args, **kwargs
         As in `RoleFedAvg`.
     source : int
-        Which one, counted from 0 in the order of the nodes' partitions (or of their ids).
+        Which one, by the nodes' partitions; of nodes that say none, counted from 0 in the order of
+        their ids.
     """
 
     def __init__(self, *args: Any, source: int = 0, **kwargs: Any) -> None:
@@ -99,12 +101,15 @@ class Transfer(Combining):
         Raises
         ------
         ValueError
-            If fewer sources uploaded: another one in its place would be another experiment.
+            If it uploaded nothing: another one in its place would be another experiment.
         """
-        if self.source >= len(uploads):
+        found = uploads[self.source :]
+        if any(upload.partition is not None for upload in uploads):
+            found = [upload for upload in uploads if upload.partition == self.source]
+        if not found:
             raise ValueError(
-                f"source={self.source} (counted from 0), but {len(uploads)} sources uploaded a "
-                "valid generator"
+                f"source={self.source} (counted from 0), but of {len(uploads)} sources that "
+                "uploaded a valid generator none is that one"
             )
-        self._critic = uploads[self.source].critic
-        return uploads[self.source].state
+        self._critic = found[0].critic
+        return found[0].state

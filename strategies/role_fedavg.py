@@ -50,6 +50,7 @@ class Whole:
     weight: float
     state: dict[str, Tensor]
     critic: ArrayRecord | None = None
+    partition: int | None = None
 
 
 class RoleFedAvg(FedAvg):
@@ -90,6 +91,7 @@ class RoleFedAvg(FedAvg):
         self._passing = set[int]()  # nodes whose roles are for this round alone
         self._arrays = ArrayRecord()  # the round's model
         self._sent: list[Message] = []
+        self._refused = set[int]()  # nodes whose last replies nobody could read
         self._connected = set[int]()  # thousands, perhaps: looked up for each upload
         self._strikes: Counter[int] = Counter()  # rounds in a row whose upload was dropped
         self._patience: int | None = None  # after so many, a node is not asked to train again
@@ -99,10 +101,14 @@ class RoleFedAvg(FedAvg):
     ) -> Iterable[Message]:
         """Configure the next round of federated training, on sources."""
         self._arrays = arrays
+        self._ask_again()
+        return self._configure(SOURCE, server_round, arrays, config, grid)
+
+    def _ask_again(self) -> None:
+        """Let go of the roles that were for one round alone."""
         for node_id in self._passing:
             self._roles.pop(node_id, None)
         self._passing.clear()
-        return self._configure(SOURCE, server_round, arrays, config, grid)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -238,6 +244,7 @@ class RoleFedAvg(FedAvg):
         for node_id in sorted(asked - {node_of(message, nodes) for message in good + bad}):
             log(WARNING, "%s: node %d did not answer in time", name, node_id)
         received = []
+        self._refused.clear()
         for message in good:
             node_id = node_of(message, nodes)
             try:
@@ -245,6 +252,7 @@ class RoleFedAvg(FedAvg):
                 received.append((node_id, numpy_client.plain(message.content)))
             except InvalidUpload as error:
                 log(WARNING, "%s: dropped the reply of node %d: %s", name, node_id, error)
+                self._refused.add(node_id)
         self._sent = []  # they hold the round's arrays
         return received
 
@@ -270,7 +278,8 @@ class RoleFedAvg(FedAvg):
         """Check one upload; an InvalidUpload says what is wrong with it."""
         arrays = numpy_client.named(checked.model(content), template)
         state = records.validate(arrays, template)
-        return Whole(self._weight(content), state, content.array_records.get(keys.CRITIC))
+        critic = content.array_records.get(keys.CRITIC)
+        return Whole(self._weight(content), state, critic, checked.partition(content))
 
     def _bounded(self, weights: Sequence[tuple[int, float]]) -> list[float]:
         """Return what nodes weigh in the end; say whose own word is not taken."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from fl_wb import ternary
@@ -190,7 +190,7 @@ def test_a_target_begins_with_the_critic_that_it_is_sent(tmp_path: Path) -> None
 def test_transfer_names_a_source_that_is_not_there() -> None:
     app = ClientApp()
     uploads(app)
-    with pytest.raises(ValueError, match=r"source=2 \(counted from 0\), but 2 sources uploaded"):
+    with pytest.raises(ValueError, match=r"source=2 \(counted from 0\), but of 2 sources that"):
         Transfer(source=2).start(
             grid=InProcessGrid(app, 2), initial_arrays=initial_arrays(), num_rounds=1
         )
@@ -204,3 +204,21 @@ def test_edge_only_asks_nobody_to_train() -> None:
     result = EdgeOnly().start(grid=grid, initial_arrays=initial_arrays(), num_rounds=1)
     assert digest(result.arrays.to_torch_state_dict()) == digest(seeded_state(0))
     assert all("train" not in node.received for node in grid.nodes.values())
+
+
+def test_transfer_takes_no_other_source_in_the_place_of_one_that_failed() -> None:
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        partition = context.node_config["partition-id"]
+        if partition == 0:
+            raise RuntimeError("out of memory")
+        answer = reply(message, initial_arrays())
+        answer.content["info"] = ConfigRecord({"partition": partition})
+        return answer
+
+    with pytest.raises(ValueError, match="but of 1 sources that uploaded a valid generator none"):
+        Transfer(source=0, min_train_nodes=1).start(
+            grid=InProcessGrid(app, 2), initial_arrays=initial_arrays(), num_rounds=1
+        )

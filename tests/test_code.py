@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
 
+from fl_wb.barycenter import Stage, shares_learned
 from fl_wb.generators.code import Code
 from fl_wb.generators.mixture import Mixture
 from fl_wb.generators.reweighted import reweighted
 from fl_wb.generators.sampling import generate
+from fl_wb.ternary import numpy_reader
 from fl_wb.transport import energy_distance
 from tests.points import Gaussian
 
@@ -182,3 +185,27 @@ def test_a_source_that_is_none_is_refused(source: int):
 def test_a_source_of_nobody_knows_which_is_refused():
     with pytest.raises(ValueError, match=r"source=1: Gaussian does not say .* code=Code\(shares\)"):
         generate(Gaussian([0.0]), 2, source=1)
+
+
+@pytest.mark.parametrize(
+    "counts", [[100, 100, 10, 1, 10, 10, 50, 5, 100, 3, 1], [1, 10, 10, 10, 50, 1, 5, 5, 3, 100]]
+)
+def test_shares_make_the_tree_of_the_weights_that_they_are_of(counts: list[int]):
+    code = Code(counts)
+    told = Code(shares_learned(counts, Stage(), 64))
+    z = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    assert told.shares == code.shares
+    assert told.place(z)[0].equal(code.place(z)[0])
+    assert Code(told.shares).place(z)[0].equal(code.place(z)[0])
+    weights = np.array([float(k + 1) for k in range(len(counts))])
+    moved = numpy_reader.recoded(z.numpy(), np.array(told.shares), weights)
+    torch.testing.assert_close(
+        torch.from_numpy(moved), code.recode(z, weights.tolist()), atol=1e-5, rtol=0
+    )
+
+
+def test_a_map_that_drops_the_dimension_of_one_latent_is_mixed():
+    maps = [lambda z, k=k: (z[:, :1] * 0 + k).squeeze() for k in range(2)]
+    z = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    made = Code([1000, 1]).mix(maps, z)
+    assert made.shape == (1000,) and 0 < made.sum() < 10

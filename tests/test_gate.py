@@ -264,6 +264,7 @@ def test_what_a_gate_keeps_back_can_be_asked_for():
     start = reweighted(Points(), Code((1, 1)), (1, 1), gate=fit_gate(Points(), few_of([3.0], 15)))
     assert ((generate(start, 1000) - 3.0).abs() < 0.5).float().mean() > 0.9
     wanted = asked_for(start, few_of([0.0], 15), 1000)
+    assert wanted is not None
     assert (wanted.abs() < 0.5).float().mean() > 0.9
 
 
@@ -282,3 +283,10 @@ def test_what_keeps_its_architecture_is_guided_by_the_gate():
 
     # Assert
     assert isinstance(made.adapted, Points) and not same(made.adapted, alone)
+
+
+@pytest.mark.usefixtures("quick_gate")
+@pytest.mark.parametrize("n", [1, 2])
+def test_so_few_ask_for_nothing_in_particular(n: int):
+    start = reweighted(Points(), Code((1, 1)), (1, 1), gate=fit_gate(Points(), few_of([3.0], 15)))
+    assert asked_for(start, few_of([3.0], n), 1000) is None

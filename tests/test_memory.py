@@ -25,6 +25,7 @@ from flwr.serverapp.strategy import Result
 from fl_wb.barycenter import Stage
 from fl_wb.federation.memory import Memory
 from fl_wb.federation.uploads import Uploads
+from fl_wb.messages import keys
 from fl_wb.persistence.locks import InUseError, locked
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
@@ -209,3 +210,32 @@ def test_sigkill_at_random_moments_changes_no_bit(
     assert all(np.array_equal(expected[name], found[name]) for name in expected.files)
     whole, broken = ([*(tmp_path / k / "nodes").glob("[!.]*")] for k in ("whole", "killed"))
     assert {path.name for path in whole} == {path.name for path in broken}
+
+
+def test_a_run_that_goes_on_tells_targets_the_code_of_the_barycenter_that_was(
+    tmp_path: Path,
+) -> None:
+    told: list[list[float]] = []
+    for nodes in ([11, 12], [21, 22]):  # as a simulation's, under new ids in each run
+        app = ClientApp()
+
+        @app.train()
+        def train(message: Message, context: Any) -> Message:
+            return reply_with(message, ArrayRecord(seeded_state(context.node_id % 10)))
+
+        @app.evaluate()
+        def evaluate(message: Message, context: Any) -> Message:
+            told.append(message.content.config_records[keys.CODE][keys.SHARES])  # type: ignore[arg-type]
+            return reply_with(message, ArrayRecord())
+
+        run(app, nodes, store=tmp_path)
+    assert told == [[0.5, 0.5]] * 4
+
+
+def test_files_that_the_memory_did_not_write_stay(tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    mine = tmp_path / "nodes" / "mine.safetensors"
+    mine.write_bytes(b"mine")
+    session(tmp_path, [11, 12])
+    session(tmp_path, [13])
+    assert mine.read_bytes() == b"mine"

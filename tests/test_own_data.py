@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from PIL import Image
 
 from fl_wb.app.config import compose
+from fl_wb.app.factories import factories
 from fl_wb.client_app import app, place
 from fl_wb.data.datasets import load_own
 from fl_wb.data.readers import DataError
@@ -32,16 +33,41 @@ def node(**node_config: str) -> Context:
     return Context(7, 11, dict(node_config), RecordDict(), {})
 
 
-def test_own_data_needs_no_partition_and_numbers_the_node_alike_in_every_run(
+def test_own_data_needs_no_partition_and_its_number_says_nothing_of_them(
     tmp_path: Path,
 ) -> None:
     config = compose("data.shape=[1,8,8]")
     first, other = folder_of(tmp_path / "a", 0), folder_of(tmp_path / "b", 1)
     found = [place(node(role="source", data=str(f)), config) for f in (first, first, other)]
     assert found[0] == found[1]
-    assert found[0].index != found[2].index
+    assert found[0].index == found[2].index == 0
     assert place(node(data=str(first)), config).role == "both"
     assert place(node(data=str(first), device="cuda:1"), config).device == "cuda:1"
+
+
+def test_who_keeps_something_back_is_a_source_alone_unless_it_says_more(tmp_path: Path) -> None:
+    data = str(folder_of(tmp_path / "a", 0))
+    for limit in ("epsilon", "min-memorization"):
+        kept = Context(7, 11, {"data": data, limit: 1.0}, RecordDict(), {})
+        assert place(kept, compose("data.shape=[1,8,8]")).role == "source"
+        told = Context(7, 11, {"data": data, limit: 1.0, "role": "both"}, RecordDict(), {})
+        assert place(told, compose("data.shape=[1,8,8]")).role == "both"
+
+
+def test_what_a_nodes_own_data_fail_with_stays_in_its_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fl_wb.client_app.log.propagate", True)
+    folder = folder_of(tmp_path / "a", 0)
+    (folder / "0" / "jane-doe.png").write_bytes(b"no picture")
+    grid = InProcessGrid(app, run_config={"overrides": "data.shape=[1,8,8]", "output": "/tmp/none"})
+    grid.add({"data": str(folder), "role": "source"})
+    generator, _ = factories(compose("data.shape=[1,8,8]"))
+    arrays = ArrayRecord(generator().state_dict())
+    message = Message(RecordDict({"arrays": arrays}), 11, "train")
+    (reply,) = grid.send_and_receive([message])
+    assert "its own log says why" in str(reply.error.reason)
+    assert "jane-doe" not in str(reply.error.reason) and "jane-doe" in caplog.text
 
 
 def test_data_of_another_shape_or_a_relative_folder_is_refused(tmp_path: Path) -> None:

@@ -346,3 +346,43 @@ def test_an_encoder_finds_the_latents_of_a_linear_decoder() -> None:
     mean, log_variance = encode(x)
     assert torch.allclose(mean, torch.tensor([[0.0, 1.0]]), atol=0.05)
     assert torch.allclose(log_variance.exp(), torch.full((1, 2), 0.0099), atol=0.003)
+
+
+def enc_app(values: Any, weights: dict[int, float] | None = None) -> ClientApp:
+    """Nodes that send their own generator, and fc1.bias full of values(node_id, round)."""
+    made = ClientApp()
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        server_round = message.content["config"]["server-round"]
+        state = state_of(context.node_id)
+        state["fc1.bias"] = torch.full_like(
+            state["fc1.bias"], values(context.node_id, server_round)
+        )
+        return reply(message, ArrayRecord(state), (weights or {}).get(context.node_id, 1.0))
+
+    return made
+
+
+def test_the_rest_follows_its_nodes_though_their_generators_stay() -> None:
+    seen: list[float] = []
+    strategy().start(
+        grid=InProcessGrid(enc_app(lambda node, number: float(number)), nodes=2),
+        initial_arrays=ArrayRecord(state_of(0)),
+        num_rounds=3,
+        evaluate_fn=lambda number, arrays: seen.append(float(arrays["fc1.bias"].numpy()[0])),
+    )
+    assert seen[1:] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("part", ["rest", "average"])
+def test_no_node_weighs_more_than_max_share_in_an_average(part: str) -> None:
+    sent: list[float] = []
+    client = enc_app(lambda node, number: 100.0 if node == 12 else 1.0, {12: 1e12})
+    found = strategy(continue_from="average" if part == "average" else "own").start(
+        grid=InProcessGrid(client, nodes=3),
+        initial_arrays=ArrayRecord(state_of(0)),
+        num_rounds=1,
+    )
+    sent.append(float(found.arrays["fc1.bias"].numpy()[0]))
+    assert sent[0] == pytest.approx((3 * 100 + 2 * 1) / 5)  # three times the mean of the others

@@ -18,7 +18,7 @@ from fl_wb import client_app
 from fl_wb.app.config import compose
 from fl_wb.app.overrides import ConfigError
 from fl_wb.app.schema import Config
-from fl_wb.clients.source import HELD_OUT
+from fl_wb.clients.source import HELD_OUT, _split
 from fl_wb.clients.training import train_source
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import generate
@@ -241,6 +241,19 @@ def test_a_source_sends_no_generator_that_memorised_more_than_it_may() -> None:
 def test_a_private_source_measures_and_does_not_tell() -> None:
     app = source(lambda: points(50), min_memorization=0.01, privacy=PRIVATE)
     assert "memorization" not in ask(app, "train").content.metric_records[keys.METRICS]
+
+
+def test_a_private_source_does_not_tell_it_when_it_refuses_either() -> None:
+    app = source(lambda: points(50), min_memorization=9.0, privacy=PRIVATE)
+    assert "uploads nothing: memorization of its generator must be" in refused(ask(app, "train"))
+
+
+def test_one_sample_less_moves_no_other_out_of_a_private_training() -> None:
+    data = points(200)
+    seen, _ = _split(data, 0.5, 0, private=True)
+    fewer, _ = _split(data[:-1], 0.5, 0, private=True)
+    assert 120 < len(seen) < 199
+    assert set(seen.tolist()) - {199} == set(fewer.tolist())
 
 
 def test_memorization_of_too_few_samples_cannot_be_measured() -> None:

@@ -166,3 +166,13 @@ def test_without_screening_hostile_uploads_are_merged() -> None:
     grid = InProcessGrid(hostile_app(), nodes=6)
     result = strategy.start(grid=grid, initial_arrays=initial_arrays(), num_rounds=1)
     assert result.train_metrics_clientapp[1]["uploads-merged"] == 6
+
+
+def test_one_nan_does_not_hide_another_set() -> None:
+    rng = torch.Generator().manual_seed(0)
+    sets = [torch.randn(64, 16, generator=rng) for _ in range(8)]
+    sets[3] += 20
+    sets[5][7, 2] = torch.nan
+    found = dict(outliers(sets, threshold=3))
+    assert sorted(found) == [3, 5]
+    assert found[5] == "its samples are not finite"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from fl_wb.clients.source import source_train
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.strategies import RoleFedAvg
 from fl_wb.testing.in_process_grid import InProcessGrid
-from tests.toys import SHAPE, TRAINING, critic, generator, initial_arrays
+from tests.toys import SHAPE, TRAINING, critic, generator, initial_arrays, seeded_state
 
 
 class Louder(nn.Module):
@@ -70,3 +70,14 @@ def test_a_flipped_bit_is_trained_anew(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 0x40]))
     assert trainings(tmp_path) == 1
+
+
+def test_what_is_trained_once_is_found_whatever_the_server_sends_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert trainings(tmp_path) == 1
+    monkeypatch.setattr(
+        "tests.test_source_store.initial_arrays", lambda: ArrayRecord(seeded_state(5))
+    )
+    assert trainings(tmp_path) == 0
+    assert trainings(tmp_path, again=True) == 1

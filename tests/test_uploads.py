@@ -197,3 +197,12 @@ def test_what_counts_as_a_change() -> None:
         kept.changed = False
         put(kept, weights, server_round=2)
         assert kept.changed is changed
+
+
+def test_who_left_weighs_in_a_fold_what_max_share_lets_it() -> None:
+    kept = Uploads()
+    said = {n: 1e12 if n == 20 else 100.0 for n in range(11, 21)}
+    kept.put(1, {n: (weight, f"{n}", seeded_state(n)) for n, weight in said.items()}, [])
+    assert kept.fold([], lambda parts: seeded_state(0)) == 10
+    (folded,) = kept.ordered()
+    assert folded.weight == pytest.approx(900 * (1 + 3 / 9))  # three times the mean of the others

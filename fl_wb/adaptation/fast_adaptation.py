@@ -63,15 +63,15 @@ from fl_wb.training.wgan import (
     resample,
     train_wgan,
 )
-from fl_wb.transport import energy_distance
+from fl_wb.transport import energy_distance, spread_out
 
 METHODS = ("variation", "transport", "plain")
 
 POOL = 8000
 """Samples of the start generator whose differences are transferred."""
 
-WANTED = 0.8
-"""Share of what is learned that the few ask for, of a start with a gate; the rest is widened."""
+WIDENED = 2000
+"""Widened samples that are learned beside the `POOL` that the few ask for of a gated start."""
 
 SCARCE = 20
 """Up to so many samples, all are widened; of n more, a share of 1 - SCARCE / n is learned as is."""
@@ -182,8 +182,8 @@ def adapt(
     Raises
     ------
     ValueError
-        If there are no samples, their shape is not the generator's, one is not finite, or they
-        have no labels where there should be.
+        If there are no samples, their shape is not the generator's, one is not finite, they have no
+        labels where there should be, or a conditional generator has a guide.
     """
     settings = settings or Adaptation()
     home, form = device_of(generator), None
@@ -195,7 +195,9 @@ def adapt(
     student = copy_of(start).train(settings.fresh)
     start.requires_grad_(False)
     check_function(start, latents_of(start, latent_dim))
-    guide = guide or start
+    if guide is not None and form:
+        raise ValueError("a conditional generator has no guide: it has no gate")
+    guide = start if guide is None else driven(guide, latent_dim, None, latents)
     pool = generate(guide, POOL, seed=seed, latent_dim=latent_dim)
     _check_samples(samples, form.split(pool)[0] if form else pool)
     if form and few_labels is not None:
@@ -209,24 +211,24 @@ def adapt(
         fresh = critic() if critic else MLPCritic(form.shape if form else pool.shape[1:])
         fresh = labelled_critic(fresh, form) if form else fresh
     few = samples.detach().to(device_of(start), pool.dtype)
-    left_out = torch.arange(len(few), device=few.device) % FOLD == FOLD - 1
+    left_out = torch.zeros(len(few), dtype=torch.bool, device=few.device)
+    left_out[spread_out(len(few), len(few) // FOLD, seed)] = True
     judged = settings.method != "plain" and not settings.fresh and len(few) >= JUDGED
     if judged:
-        few, unseen = few[~left_out], few[left_out].cpu()
+        few, unseen = few[~left_out], few[left_out][:COMPARED].cpu()
     real, regularizer = resample(few), None
     then = callback
     if settings.method != "plain":
-        if len(few) > MANY:
+        if len(few) > WIDENED:  # they are widened in turn, and these may be sorted
             order = torch.randperm(len(few), generator=torch.Generator().manual_seed(seed))
             few = few[order[:MANY].to(few.device)]
         pool = pool.to(few.device)
         anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
         partly = False
         if isinstance(guide, Reweighted) and guide.gate and settings.anchor is None and not form:
-            wanted = asked_for(guide, few, POOL, seed=seed).to(few.device)
-            partly = choose_anchor(wanted, few) > 0
-            if partly:
-                anchor, pool = 0.0, wanted
+            wanted = asked_for(guide, few, POOL, seed=seed)
+            if wanted is not None and choose_anchor(wanted := wanted.to(few.device), few) > 0:
+                partly, anchor, pool = True, 0.0, wanted
         # a start that fits, all of it or in part, makes what a few samples lack
         unchanged = 0.0 if anchor or partly else max(0.0, 1 - SCARCE / len(few))
         moves = settings.method == "transport" and not anchor and not partly
@@ -241,7 +243,7 @@ def adapt(
         else:
             bank = widened(few, pool, unchanged=unchanged, seed=seed)
             if partly:
-                bank = torch.cat([bank[: round(POOL * (1 - WANTED) / WANTED)], pool])
+                bank = torch.cat([bank[:WIDENED], pool])
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(

@@ -89,10 +89,11 @@ def fit_gate(
     return _learned(torch.cat(parts), ratio.clamp(max=math.exp(LOGS[1])).float().to(device), seed)
 
 
-def asked_for(gated: Reweighted, samples: Tensor, n: int, *, seed: int = 0) -> Tensor:
+def asked_for(gated: Reweighted, samples: Tensor, n: int, *, seed: int = 0) -> Tensor | None:
     """Return n samples, drawn as often as a few ask for them, of what no gate has chosen.
 
-    What a gate lets through is off in its own way, and what it keeps back cannot be asked for.
+    None if the few ask for nothing in particular, as very few do. What a gate lets through is off
+    in its own way, and what it keeps back cannot be asked for.
 
     Parameters
     ----------
@@ -108,7 +109,10 @@ def asked_for(gated: Reweighted, samples: Tensor, n: int, *, seed: int = 0) -> T
     ungated = reweighted(inside, gated.code, gated.weights, latent_dim=dim)
     made = generate(ungated, n, seed=seed)
     rng = torch.Generator().manual_seed(seed)
-    drawn = likeness(made, samples)(made).multinomial(n, replacement=True, generator=rng)
+    ratio = likeness(made, samples)(made)
+    if (ratio - 1).abs().mean() / 2 <= NOTICED:
+        return None
+    drawn = ratio.multinomial(n, replacement=True, generator=rng)
     return made[drawn.to(made.device)]
 
 

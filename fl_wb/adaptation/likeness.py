@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fl_wb.transport import spread_out
+
 WALKED = 2000
 """Of a generator's samples, where all pairs are compared."""
 
@@ -68,7 +70,7 @@ def likeness(made: Tensor, few: Tensor) -> Callable[[Tensor], Tensor]:
     """
     rows, few = _rows(made[:WALKED]), _rows(few)
     if len(few) > STARTS:
-        few = few[torch.linspace(0, len(few) - 1, STARTS).long()]
+        few = few[spread_out(len(few), STARTS)]
     n, steps = len(few), _steps(rows)
     first = _towards(few, rows, FIRST)
     starts = torch.cat([len(rows) * first, _towards(rows, rows, FIRST + 1, without=1).sum(0, True)])

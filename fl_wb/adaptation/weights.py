@@ -92,12 +92,15 @@ def fit_weights(
     Raises
     ------
     ValueError
-        If there is no such method, there are no samples, or all cells are to be forgotten.
+        If there is no such method, there are no samples, or no such cells are to be forgotten, or
+        all.
     """
     if method not in WEIGHTS:
         raise ValueError(f"method={method!r} is not one of {', '.join(WEIGHTS)}")
     if not len(samples):
         raise ValueError("there are no samples to fit weights to: one at least is needed")
+    if none := [k for k in without if not 0 <= k < len(code)]:
+        raise ValueError(f"without={none} must be cells, from 0 to {len(code) - 1}")
     kept = torch.tensor([k not in without for k in range(len(code))])
     if not kept.any():
         raise ValueError(f"all {len(code)} cells are to be forgotten: none is left to sample")

@@ -25,6 +25,7 @@ from fl_wb.barycenter.executors import check_executor, run_level
 from fl_wb.barycenter.merge import Merge
 from fl_wb.barycenter.stage import Stage, stage_of
 from fl_wb.barycenter.teachers import Measure, label_frequencies
+from fl_wb.generators.code import Code
 from fl_wb.generators.latents import Draw, mixed
 from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.sampling import (
@@ -227,7 +228,7 @@ def shares_learned(weights: Sequence[float], settings: Stage, fan_in: int) -> li
     one_stage = 1 < len(weights) <= fan_in
     if not one_stage or (settings.geodesic, settings.start) != ("mixture", "distilled"):
         return []
-    return [weight / math.fsum(weights) for weight in weights]
+    return list(Code(weights).shares)
 
 
 def _level(measures: Sequence[Measure], fan_in: int) -> list[list[Measure]]:

@@ -145,8 +145,9 @@ def _add(run: Mapping[str, Any], sections: dict[str, Section]) -> None:
         row.overrides = [word for word in row.overrides if word in own]  # what all its runs share
         row.figures[seed] = {k: v for k, v in figures.items() if v is not None}
         row.figures[seed] |= _cost(step, run["bytes"], targets)
-        if step == "adapted" and all("curve" in target for target in targets):
-            row.curves[seed] = _mean([target["curve"] for target in targets])
+        curves = [target.get("curve") for target in targets]
+        if step == "adapted" and all(isinstance(curve, Mapping) for curve in curves):
+            row.curves[seed] = _mean(curves)
 
 
 def _cost(step: str, sizes: Mapping[str, Any], targets: Sequence[Mapping[str, Any]]) -> Figures:
@@ -162,7 +163,7 @@ def _cost(step: str, sizes: Mapping[str, Any], targets: Sequence[Mapping[str, An
         cost["seconds"] = statistics.fmean(
             sum(t.get(name, 0.0) for name in names[step]) for t in targets
         )
-    if step == "ternary":
+    if step == "ternary" and sizes["ternary"]:
         cost["kB"] = max(sizes["ternary"]) / 1000
     elif step in ("barycenter", "reweighted", "adapted"):
         cost["kB"] = sizes["generator"] / 1000

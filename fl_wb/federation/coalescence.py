@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from logging import INFO, WARNING
@@ -22,6 +23,7 @@ from fl_wb.messages.weights import bounded_weights
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.transport import energy_distance
 
+LIGHTEST = 1e-6  # of all weights, at least: targets take no code with shares of next to nothing
 SCREENED = 256  # samples of each upload that are compared
 
 
@@ -70,11 +72,13 @@ class Coalescence:
         self._merged: State | None = None  # the barycenter, under the generator's own names
         self._afresh = False  # whether the next merge may know nothing of the last one
         self._given = False  # to whoever waits for this start's model
+        self._kept_shares: list[float] = []  # of a barycenter that an earlier run made
         self._last: tuple[list[float], list[str]] = ([], [])  # merged: their weights and keys
         self._memory: Memory | None = None
         if (folder := merger.store.folder) is not None:
             self._memory = Memory(folder / "nodes", model.all)
             self.uploads, self._merged = self._memory.load()
+            self._kept_shares = self._memory.shares
             if nodes := len(self.uploads):
                 log(INFO, "Taken up: the generators of %d nodes in %s", nodes, folder)
 
@@ -137,7 +141,7 @@ class Coalescence:
         self._round = server_round
         if self._memory is not None:
             merged = None if self._afresh else self._merged
-            self._memory.save(self.uploads, merged, server_round)
+            self._memory.save(self.uploads, merged, server_round, self.shares)
 
     def own(self, node_id: int) -> ArrayRecord | None:
         """Return the last model that a node sent, or None."""
@@ -152,8 +156,10 @@ class Coalescence:
     def merged(self, server_round: int, connected: Collection[int]) -> ArrayRecord | None:
         """Return the model of all uploads that count; None if it is still the one that was."""
         if not self.uploads.changed:
-            return self._whole(self._merged) if self._merged and not self._given else None
-        if folded := self.uploads.fold(connected, self._barycenter):
+            return self._unchanged(server_round)
+        if self._max_age is None and (
+            folded := self.uploads.fold(connected, self._barycenter, self._max_share)
+        ):
             log(INFO, "aggregate_train: folded the generators of %d nodes that left", folded)
         merged = self._barycenter(self._counted(server_round))
         if merged is None:
@@ -164,6 +170,19 @@ class Coalescence:
         self.forgotten, self._afresh = [], False
         return self._whole(merged)
 
+    def _unchanged(self, server_round: int) -> ArrayRecord | None:
+        """Return the model where no generator changed: what is new of it, or None."""
+        if self._merged is None:
+            return None
+        if not self._given:
+            self.shares = self._kept_shares
+        if self.shares:  # nodes may have come back under other ids
+            self._cells = [upload.key for upload in self.uploads.ordered()]
+        brought = any(each.round == server_round for each in self.uploads.of_nodes().values())
+        if self._given and not (brought and self._model.has_others):
+            return None
+        return self._whole(self._merged)
+
     def _whole(self, merged: State) -> ArrayRecord:
         """Put the barycenter and the average of all else together."""
         self._given = True
@@ -171,7 +190,13 @@ class Coalescence:
         return self._model.whole(merged, others)
 
     def _average(self, uploads: Sequence[Upload]) -> State:
-        return average((self.uploads.state(upload), upload.weight) for upload in uploads)
+        weights = bounded_weights(
+            [upload.weight for upload in uploads],
+            self._max_share,
+            [upload.nodes for upload in uploads],
+        )
+        states = map(self.uploads.state, uploads)
+        return average(zip(states, weights, strict=True))
 
     def _mean(self, node_id: int, name: str, state: State) -> State | None:
         """Return the running mean of a node's generators, of which this is half, or None.
@@ -254,7 +279,8 @@ class Coalescence:
                 len(said),
                 max(said),
             )
-        total = sum(weights)
+        total = math.fsum(weights)
+        weights = [max(weight, LIGHTEST * total) for weight in weights]
         shares = ", ".join(f"{weight / total:.3g}" for weight in weights[:20])
         more = ", ..." if len(weights) > 20 else ""
         log(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,9 +47,17 @@ class Memory:
         self._model = {
             name: [str(value.dtype), list(value.shape)] for name, value in sorted(model.items())
         }
+        self.shares: list[float] = []  # of the barycenter that `load` found
         self._files: dict[Upload, str] = {}  # that are on disk
+        self._named = set[str]()  # by the index, which is to say ours
 
-    def save(self, uploads: Uploads, merged: State | None, server_round: int) -> None:
+    def save(
+        self,
+        uploads: Uploads,
+        merged: State | None,
+        server_round: int,
+        shares: Sequence[float] = (),
+    ) -> None:
         """Keep a round's end. A disk that refuses costs the memory, with a warning, not the run."""
         try:
             kept = {key: self._file_of(uploads, upload) for key, upload in uploads.all().items()}
@@ -63,14 +71,15 @@ class Memory:
                     for key, upload in uploads.all().items()
                 },
                 "merged": None if merged is None else self._write(merged),
+                "shares": list(shares),
             }
             write_atomic(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
             self._files = {upload: kept[key] for key, upload in uploads.all().items()}
             means = (upload.mean for upload in uploads.all().values())
-            named = {*kept.values(), *means, index["merged"]}
-            for path in self.folder.glob("*.safetensors"):
-                if path.stem not in named:
-                    path.unlink(missing_ok=True)
+            named = {*kept.values(), *means, str(index["merged"] or "")} - {""}
+            for name in self._named - named:
+                (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+            self._named = named
         except OSError as error:
             log.warning("the server's memory of its nodes could not be saved: %s", error)
 
@@ -85,9 +94,11 @@ class Memory:
             if (index["version"], index["model"]) != (VERSION, self._model):
                 raise ValueError("it is of another model or version")
             merged = None if index["merged"] is None else self._read(index["merged"])
-            found = {}
+            shares = [float(share) for share in index.get("shares", [])]
+            named, found = {str(index["merged"] or "")}, {}
             for key, entry in index["uploads"].items():
                 file = str(entry.pop("file"))
+                named |= {file, str(entry.get("mean", ""))}
                 upload = Upload(**entry | {"labels": tuple(entry.get("labels", ()))})
                 found[key] = replace(upload, round=upload.round - index["round"]), file
         except FileNotFoundError:
@@ -97,7 +108,8 @@ class Memory:
                 (self.folder / INDEX).replace(self.folder / "index.damaged")
             log.warning("the server's memory in %s is set aside: %s", self.folder, error)
             return uploads, None
-        lost = False
+        self.shares = shares if len(shares) == len(found) else []
+        lost, self._named = False, named - {""}
         for key, (upload, file) in found.items():
             try:
                 state = self._read(file)

@@ -7,6 +7,8 @@ generators themselves.
 
 from __future__ import annotations
 
+import math
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fl_wb.generators.latents import mixed
+from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
 
@@ -205,11 +208,13 @@ class Uploads:
         self,
         connected: Collection[int],
         merge: Callable[[Sequence[Upload]], State | None],
+        max_share: float = MAX_SHARE,
     ) -> int:
         """Replace the generators of nodes that left by their barycenter, once they are many.
 
         That is, more than `KEPT` and more than there are nodes. `merge` makes the barycenter's
-        state, or None if it cannot. Returns the number of nodes folded.
+        state, or None if it cannot; it weighs what they do together, none more than `max_share`
+        lets it. Returns the number of nodes folded.
         """
         gone = {node: upload for node, upload in self._of.items() if node not in connected}
         if len(gone) <= max(KEPT, len(connected)):
@@ -222,7 +227,7 @@ class Uploads:
             parts[-1],
             key=FOLDED,
             place=-1,
-            weight=sum(part.weight for part in parts),
+            weight=_together(parts, max_share),
             digest=digest(state),
             nodes=sum(part.nodes for part in parts),
             labels=mixed([(part.weight, part.labels) for part in parts]),
@@ -250,6 +255,14 @@ class Uploads:
     def _let_go(self, key: str) -> None:
         self._total -= self._bytes.pop(key, 0)
         self._states.drop(key)
+
+
+def _together(parts: Sequence[Upload], max_share: float) -> float:
+    """Return what uploads weigh together, by the word of those that are not bounded."""
+    said = [part.weight for part in parts]
+    bounded = bounded_weights(said, max_share, [part.nodes for part in parts])
+    taken = (mine / found for mine, found in zip(said, bounded, strict=True) if found)
+    return min(min(taken) * math.fsum(bounded), sys.float_info.max / 2)
 
 
 def _mean_key(upload: Upload) -> str:

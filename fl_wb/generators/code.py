@@ -27,6 +27,10 @@ Map = Callable[[Tensor], Tensor]
 """Latents (n, latent_dim) to samples (n, ...)."""
 
 
+ROUNDING = 1e-12
+"""How far from 1 a sum of shares may be."""
+
+
 class Code:
     """Which cell each latent lies in, and where in it.
 
@@ -45,7 +49,9 @@ class Code:
         if not shares or not all(0 < share < math.inf for share in shares):
             raise ValueError(f"shares must be positive and finite, not {list(shares)}")
         total = math.fsum(shares)
-        self.shares = tuple(share / total for share in shares)
+        # What are shares already stay what they are: their last digits may part ties of the tree.
+        whole = total if abs(total - 1) > ROUNDING else 1.0
+        self.shares = tuple(share / whole for share in shares)
         self._children = _huffman(self.shares)
         self._paths = _paths(self._children, len(self.shares))
 
@@ -127,7 +133,7 @@ class Code:
         order = cell.argsort(stable=True)
         found, counts = cell[order].unique_consecutive(return_counts=True)
         parts = inner[order].split(counts.tolist())
-        made = torch.cat([maps[k](part) for k, part in zip(found.tolist(), parts, strict=True)])
+        made = torch.cat([_made(maps[k], p) for k, p in zip(found.tolist(), parts, strict=True)])
         return torch.empty_like(made).index_copy(0, order, made)
 
     def _tree(
@@ -150,6 +156,11 @@ class Code:
 def code_of(shares: tuple[float, ...]) -> Code:
     """Return the code of these shares, made once."""
     return Code(shares)
+
+
+def _made(one: Map, z: Tensor) -> Tensor:
+    """Call a map with two latents at least: of one, some drop the first dimension."""
+    return one(z) if len(z) > 1 else one(z.expand(2, -1))[:1]
 
 
 def _huffman(shares: Sequence[float]) -> Tensor:

@@ -57,6 +57,13 @@ def outliers(
     """
     if not threshold > 1:
         raise ValueError(f"threshold={threshold} must be more than 1: typical sets have 1")
+    finite = [k for k, part in enumerate(samples) if part.isfinite().all()]
+    if len(finite) < len(samples):  # one nan would be in every set's scale
+        others = [samples[k] for k in finite]
+        found = outliers(others, threshold=threshold, projections=projections, seed=seed)
+        strange = set(range(len(samples))) - set(finite)
+        why = {k: "its samples are not finite" for k in strange}
+        return sorted((why | {finite[k]: text for k, text in found}).items())
     if len(samples) < FEWEST:
         return []
     _check_shapes(samples)

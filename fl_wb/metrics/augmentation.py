@@ -69,7 +69,9 @@ def augmentation(
                 f"{name} must be samples (n, ...) and one label from 0 each, not samples "
                 f"{tuple(samples.shape)} and labels {tuple(labels.shape)}"
             )
-    number = int(max(few[1].max(), held_out[1].max())) + 1
+    if real is None and len(held_out[0]) < 2:
+        raise ValueError("held_out must be 2 samples or more, of which every other one is real")
+    number = int(max(set_[1].max() for set_ in (few, held_out, real or few))) + 1
     counts = few[1].long().bincount(minlength=number).tolist()
     source = driven(generator, latent_dim, counts, latents)
     made = generate(source, 2)

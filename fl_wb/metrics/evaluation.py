@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import torch
 from torch import Tensor
 
 from fl_wb.settings import Settings, at_least
+from fl_wb.transport import spread_out
 
 
 @dataclass
@@ -40,7 +40,5 @@ class Evaluation(Settings):
 
 
 def evenly(samples: Tensor, most: int) -> Tensor:
-    """Return at most so many samples, taken evenly from all: also fair where they are sorted."""
-    if len(samples) <= most:
-        return samples
-    return samples[torch.arange(most) * len(samples) // most]
+    """Return at most so many samples, taken evenly from all; see `spread_out`."""
+    return samples if len(samples) <= most else samples[spread_out(len(samples), most)]

@@ -55,6 +55,8 @@ class PackedGenerator:
         self.shape = tuple(shape)
         layers: dict[int, dict[str, Array]] = {}
         self._code = code_in(arrays)
+        if self._code and self.latents == "own":
+            raise PackedFileError(f"{path}: its cells are of a law that no file holds: use torch")
         self._gate = [arrays[name] for name in GATE if self._code and name in arrays]
         try:
             for name, array in arrays.items():
@@ -93,11 +95,9 @@ class PackedGenerator:
                 x = np.maximum(_normalised(x, layer), 0)
                 continue
             x = _transposed_convolution(x, weight) if weight.ndim == 4 else x @ weight.T
-            if "bias" in layer:
-                x = x + _across(layer["bias"], x)
+            x = x + _across(layer["bias"], x) if "bias" in layer else x
             if convolutions and x.ndim == 2:
-                coarse = [size >> convolutions for size in self.shape[1:]]
-                x = x.reshape(len(x), -1, *coarse)
+                x = x.reshape(len(x), -1, *(size >> convolutions for size in self.shape[1:]))
         return np.tanh(x).reshape(len(z), *(self.shape if x.ndim == 2 else x.shape[1:]))
 
     def _recoded(self, z: Array, shares: Array, weights: Array) -> Array:
@@ -204,7 +204,7 @@ def recoded(z: Array, shares: Array, weights: Array) -> Array:
     """Give cell k weights[k] of latents (n, latent_dim): `fl_wb.generators.code.Code.recode`."""
     if len(shares) == 1:
         return z
-    total = math.fsum(shares)
+    total = 1.0 if abs(math.fsum(shares) - 1) <= 1e-12 else math.fsum(shares)  # as in `Code`
     children, paths = _tree([float(share) / total for share in shares])
     known, steps = paths >= 0, np.maximum(paths, 0)
 

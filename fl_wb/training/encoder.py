@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from fl_wb.training.random_numbers import own_random_numbers
 from fl_wb.training.wgan import Progress
 
 
@@ -66,10 +67,11 @@ def fit_encoder(
     value = float("nan")
     for iteration in range(1, iterations + 1):
         z = torch.randn(batch_size, latent_dim, generator=rng, device=device)
-        with torch.no_grad():
-            samples = decode(z)
-            samples = samples + noise * torch.randn(samples.shape, generator=rng, device=device)
-        mean, log_variance = encode(samples)
+        with own_random_numbers(seed + iteration):
+            with torch.no_grad():
+                samples = decode(z)
+                samples = samples + noise * torch.randn(samples.shape, generator=rng, device=device)
+            mean, log_variance = encode(samples)
         log_variance = log_variance.clamp(-12, 12)  # an encoder that is sure has no bottom
         loss = 0.5 * (log_variance + (z - mean).square() / log_variance.exp()).sum(1).mean()
         for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
