@@ -177,6 +177,13 @@ def test_what_needs_no_gate_gets_none():
 
 
 @pytest.mark.usefixtures("quick_gate")
+def test_what_the_generator_makes_nothing_like_asks_for_no_part_of_it():
+    corner, near = (few_of([3.0], 15) + away for away in (2.0, 0.0))
+    assert fit_gate(Points(), corner) is None
+    assert fit_gate(Points(), near) is not None
+
+
+@pytest.mark.usefixtures("quick_gate")
 def test_the_same_arguments_give_the_same_gate():
     few = few_of([1.0], 15)
     one, two = fit_gate(Points(), few), fit_gate(Points(), few)

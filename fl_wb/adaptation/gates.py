@@ -14,7 +14,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from fl_wb.adaptation.likeness import WALKED, likeness
+from fl_wb.adaptation.likeness import WALKED, likeness, strange
 from fl_wb.adaptation.weights import fit_weights
 from fl_wb.generators.code import Code
 from fl_wb.generators.gate import LOGS, Gate
@@ -26,6 +26,9 @@ LATENTS = 48_000
 
 NOTICED = 0.1
 """Less of the latents than this would only be moved by chance."""
+
+AMONG = 8000
+"""Of a generator's samples, by which it is seen whether any is like the few at all."""
 
 NEAR = 0.05
 """Weights that move no more of the latents than this are the shares, as far as anybody sees."""
@@ -64,6 +67,8 @@ def fit_gate(
 ) -> Gate | None:
     """Return the gate by which a generator makes what a few samples ask for; None if it does.
 
+    None, too, if it makes nothing like them: then the parts that are nearest say nothing.
+
     Only of latents N(0, I), which a gate rolls and turns round.
 
     Parameters
@@ -84,6 +89,9 @@ def fit_gate(
         made = torch.cat([generator(z) for z in parts[: WALKED // 1000]])
         asked = likeness(made, samples)
         if (asked(made) - 1).abs().mean() / 2 <= NOTICED:
+            return None
+        some = parts[WALKED // 1000 : AMONG // 1000]
+        if strange(torch.cat([made, *map(generator, some)]), samples):
             return None
         ratio = torch.cat([asked(generator(z)) for z in parts])
     return _learned(torch.cat(parts), ratio.clamp(max=math.exp(LOGS[1])).float().to(device), seed)

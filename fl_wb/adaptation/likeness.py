@@ -20,6 +20,13 @@ from fl_wb.transport import spread_out
 WALKED = 2000
 """Of a generator's samples, where all pairs are compared."""
 
+OWN, DRAWS = 1000, 200
+"""Of a generator's samples, that say how far these are from each other; and draws of them."""
+
+STRANGE = 1.7
+"""Measured, of digits, 6 to 100 samples and 8,000 of a generator: 1.1 to 1.6 times as far where it
+has their classes, 1.9 to 2.1 times where it has none of them."""
+
 STARTS = 300
 """Of the few samples, from which walks start."""
 
@@ -87,6 +94,27 @@ def likeness(made: Tensor, few: Tensor) -> Callable[[Tensor], Tensor]:
             found.append(_balanced(_sharper(there.mean(0), level, power).pow(CERTAIN), there))
     ratio = torch.stack(likelihoods).softmax(0) @ torch.stack(found)
     return lambda samples: (_towards(_rows(samples), rows, ALIKE) @ ratio).double()
+
+
+def strange(made: Tensor, few: Tensor) -> bool:
+    """Return whether a generator makes nothing like a few samples, which no part of it helps then.
+
+    By distances to the nearest of its samples: the median of the few samples' is more than
+    `STRANGE` times that of others of its own, and more than as few of these have by chance.
+
+    Parameters
+    ----------
+    made : Tensor
+        Samples (N, ...) of the generator.
+    few : Tensor
+        A few real samples (n, ...).
+    """
+    own, others = _rows(made).tensor_split([min(OWN, len(made) // 2)])
+    away, among = (torch.cdist(x, others).amin(1) for x in (_rows(few), own))
+    rng = torch.Generator().manual_seed(0)
+    drawn = among[torch.randint(len(among), (DRAWS, min(len(few), STARTS)), generator=rng)]
+    chance = drawn.median(1).values.quantile(0.99)
+    return bool(away.median() > torch.maximum(STRANGE * among.median(), chance))
 
 
 def doubt(n: int) -> float:
