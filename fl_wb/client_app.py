@@ -19,7 +19,6 @@ a deployment a node's ``node_config`` may say
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +26,13 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable
 from torch import Tensor
 
 from fl_wb.app.config import from_run_config
 from fl_wb.app.factories import factories
 from fl_wb.app.schema import Config
 from fl_wb.clients import source_train, target_evaluate
+from fl_wb.clients.discretion import Refused, discreet
 from fl_wb.clients.sharing import offers, shared
 from fl_wb.data import datasets
 from fl_wb.data.samples import Samples
@@ -43,30 +42,6 @@ from fl_wb.metrics import inception_features, train_features
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.reporting.progress import progress
 from fl_wb.training.privacy import Privacy
-
-log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
-
-
-class Refused(ValueError):
-    """What a node refuses, in words that the server may have."""
-
-
-def discreet(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """Keep on a node with data of its own what its errors say: names of files, values, settings.
-
-    Flower sends the words of an exception to the server.
-    """
-    try:
-        return call_next(message, context)
-    except Refused:
-        raise
-    except Exception as error:
-        if "data" not in context.node_config:
-            raise
-        log.exception("node %d failed", context.node_id)
-        name = type(error).__name__
-        raise RuntimeError(f"node {context.node_id}: {name}; its own log says why") from None
-
 
 app = ClientApp(mods=[discreet])
 

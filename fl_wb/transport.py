@@ -1,4 +1,4 @@
-"""Optimal transport on samples: exact W1, couplings, displacement interpolation; and fair picks.
+"""Optimal transport on samples: exact W1, couplings, displacement interpolation.
 
 Samples are flattened to rows; the ground cost is Euclidean. Exact transport is POT's network
 simplex (Bonneel et al., 2011; Flamary et al., JMLR 2021).
@@ -109,16 +109,6 @@ def energy_distance(x: Tensor, y: Tensor, cells: Tensor | None = None) -> Tensor
     others = same / (size - 1).clamp(min=1)
     pair = others[*torch.triu_indices(len(x), len(x), 1, device=x.device)]
     return 2 * across - sum(2 * (_pairs(rows) * pair).sum() / len(x) for rows in (x, y))
-
-
-def spread_out(n: int, k: int, seed: int = 0) -> Tensor:
-    """Return k of n indices in their order, one at random of each of k parts as equal as can be.
-
-    Fair where samples are sorted by classes, and where classes come in turn.
-    """
-    ends = torch.arange(k + 1) * n // max(k, 1)
-    chance = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return ends[:-1] + (chance * ends.diff()).long()
 
 
 def _spread(rows: Tensor) -> Tensor:

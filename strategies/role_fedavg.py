@@ -129,7 +129,8 @@ class RoleFedAvg(FedAvg):
                 say_dropped(node_id, str(error))
                 continue
             kept.append((node_id, content))
-            uploads.append((_place(node_id, content), node_id, upload))
+            place = node_id if upload.partition is None else upload.partition
+            uploads.append((place, node_id, upload))
         if not kept:
             log(WARNING, "no valid upload in round %d: the model stays", server_round)
             return None, None
@@ -313,8 +314,3 @@ class RoleFedAvg(FedAvg):
             name = "aggregate_train" if is_train else "aggregate_evaluate"
             contents = averageable(kept, self.weighted_by_key, self.max_share, name)
         return aggregate(contents, self.weighted_by_key) if contents else None
-
-
-def _place(node_id: int, content: RecordDict) -> int:
-    partition = checked.partition(content)
-    return node_id if partition is None else partition

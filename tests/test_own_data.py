@@ -57,7 +57,7 @@ def test_who_keeps_something_back_is_a_source_alone_unless_it_says_more(tmp_path
 def test_what_a_nodes_own_data_fail_with_stays_in_its_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fl_wb.client_app.log.propagate", True)
+    monkeypatch.setattr("fl_wb.clients.discretion.log.propagate", True)
     folder = folder_of(tmp_path / "a", 0)
     (folder / "0" / "jane-doe.png").write_bytes(b"no picture")
     grid = InProcessGrid(app, run_config={"overrides": "data.shape=[1,8,8]", "output": "/tmp/none"})

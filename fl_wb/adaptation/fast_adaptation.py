@@ -46,6 +46,7 @@ from fl_wb.generators.sampling import (
     latents_of,
     undriven,
 )
+from fl_wb.picks import spread_out
 from fl_wb.settings import Settings, at_least, one_of
 from fl_wb.training.checkpoints import Checkpoint
 from fl_wb.training.conditional import (
@@ -63,7 +64,7 @@ from fl_wb.training.wgan import (
     resample,
     train_wgan,
 )
-from fl_wb.transport import energy_distance, spread_out
+from fl_wb.transport import energy_distance
 
 METHODS = ("variation", "transport", "plain")
 

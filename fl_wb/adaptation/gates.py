@@ -88,7 +88,7 @@ def fit_gate(
     with sampling(generator):
         made = torch.cat([generator(z) for z in parts[: WALKED // 1000]])
         asked = likeness(made, samples)
-        if (asked(made) - 1).abs().mean() / 2 <= NOTICED:
+        if not _notable(asked(made)):
             return None
         some = parts[WALKED // 1000 : AMONG // 1000]
         if strange(torch.cat([made, *map(generator, some)]), samples):
@@ -118,10 +118,15 @@ def asked_for(gated: Reweighted, samples: Tensor, n: int, *, seed: int = 0) -> T
     made = generate(ungated, n, seed=seed)
     rng = torch.Generator().manual_seed(seed)
     ratio = likeness(made, samples)(made)
-    if (ratio - 1).abs().mean() / 2 <= NOTICED:
+    if not _notable(ratio):
         return None
     drawn = ratio.multinomial(n, replacement=True, generator=rng)
     return made[drawn.to(made.device)]
+
+
+def _notable(ratio: Tensor) -> bool:
+    """Whether ratios (n,) move more of the samples than chance alone might."""
+    return bool((ratio - 1).abs().mean() / 2 > NOTICED)
 
 
 def _learned(z: Tensor, ratio: Tensor, seed: int) -> Gate:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fl_wb.transport import spread_out
+from fl_wb.picks import spread_out
 
 WALKED = 2000
 """Of a generator's samples, where all pairs are compared."""

@@ -16,10 +16,9 @@ from fl_wb.barycenter import Measure, UselessMeasures
 from fl_wb.federation.memory import Memory
 from fl_wb.federation.merger import Merger
 from fl_wb.federation.model import Model, State, average
-from fl_wb.federation.uploads import Upload, Uploads
+from fl_wb.federation.uploads import Upload, Uploads, bounded
 from fl_wb.messages import records
 from fl_wb.messages.screening import outliers
-from fl_wb.messages.weights import bounded_weights
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.transport import energy_distance
 
@@ -72,13 +71,11 @@ class Coalescence:
         self._merged: State | None = None  # the barycenter, under the generator's own names
         self._afresh = False  # whether the next merge may know nothing of the last one
         self._given = False  # to whoever waits for this start's model
-        self._kept_shares: list[float] = []  # of a barycenter that an earlier run made
         self._last: tuple[list[float], list[str]] = ([], [])  # merged: their weights and keys
         self._memory: Memory | None = None
         if (folder := merger.store.folder) is not None:
             self._memory = Memory(folder / "nodes", model.all)
             self.uploads, self._merged = self._memory.load()
-            self._kept_shares = self._memory.shares
             if nodes := len(self.uploads):
                 log(INFO, "Taken up: the generators of %d nodes in %s", nodes, folder)
 
@@ -174,8 +171,8 @@ class Coalescence:
         """Return the model where no generator changed: what is new of it, or None."""
         if self._merged is None:
             return None
-        if not self._given:
-            self.shares = self._kept_shares
+        if not self._given and self._memory is not None:  # an earlier run's
+            self.shares = self._memory.shares
         if self.shares:  # nodes may have come back under other ids
             self._cells = [upload.key for upload in self.uploads.ordered()]
         brought = any(each.round == server_round for each in self.uploads.of_nodes().values())
@@ -190,13 +187,8 @@ class Coalescence:
         return self._model.whole(merged, others)
 
     def _average(self, uploads: Sequence[Upload]) -> State:
-        weights = bounded_weights(
-            [upload.weight for upload in uploads],
-            self._max_share,
-            [upload.nodes for upload in uploads],
-        )
         states = map(self.uploads.state, uploads)
-        return average(zip(states, weights, strict=True))
+        return average(zip(states, bounded(uploads, self._max_share), strict=True))
 
     def _mean(self, node_id: int, name: str, state: State) -> State | None:
         """Return the running mean of a node's generators, of which this is half, or None.
@@ -269,7 +261,7 @@ class Coalescence:
     def _weights(self, uploads: Sequence[Upload]) -> list[float]:
         """Return what uploads weigh in the end, and say it."""
         said = [upload.weight for upload in uploads]
-        weights = bounded_weights(said, self._max_share, [upload.nodes for upload in uploads])
+        weights = bounded(uploads, self._max_share)
         if weights != said:
             log(
                 WARNING,

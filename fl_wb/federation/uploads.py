@@ -257,12 +257,17 @@ class Uploads:
         self._states.drop(key)
 
 
+def bounded(uploads: Sequence[Upload], max_share: float) -> list[float]:
+    """Return what uploads weigh; see `fl_wb.messages.weights.bounded_weights`."""
+    said, nodes = [each.weight for each in uploads], [each.nodes for each in uploads]
+    return bounded_weights(said, max_share, nodes)
+
+
 def _together(parts: Sequence[Upload], max_share: float) -> float:
     """Return what uploads weigh together, by the word of those that are not bounded."""
-    said = [part.weight for part in parts]
-    bounded = bounded_weights(said, max_share, [part.nodes for part in parts])
-    taken = (mine / found for mine, found in zip(said, bounded, strict=True) if found)
-    return min(min(taken) * math.fsum(bounded), sys.float_info.max / 2)
+    weights = bounded(parts, max_share)
+    taken = (part.weight / mine for part, mine in zip(parts, weights, strict=True) if mine)
+    return min(min(taken) * math.fsum(weights), sys.float_info.max / 2)
 
 
 def _mean_key(upload: Upload) -> str:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from torch import Tensor
 
+from fl_wb.picks import spread_out
 from fl_wb.settings import Settings, at_least
-from fl_wb.transport import spread_out
 
 
 @dataclass
