@@ -258,6 +258,7 @@ def test_the_more_samples_the_more_of_them_are_learned_as_they_are(
 
 def test_very_many_samples_are_all_drawn_from(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fast_adaptation, "MANY", 100)  # or all pairs of them would fill the memory
+    monkeypatch.setattr(fast_adaptation, "WIDENED", 100)
     sorted_samples = torch.cat([few(200, mean=4.0), few(200, mean=-4.0)])
     start = Gaussian((0.0, 0.0))
     settings = Training(iterations=150, batch_size=64, warmup=20, generator_lr=2e-3)
@@ -309,3 +310,33 @@ def test_where_the_start_already_fits_adaptation_does_little_harm(seed: int):
     held_out = generate(start, 1000, seed=99)
     # plain fine-tuning ends at 0.27 for the first of the seeds
     assert energy_distance(generate(adapted, 1000), held_out) < 0.1
+
+
+def test_those_left_out_are_of_all_classes_though_these_come_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    judges: list[Tensor] = []
+
+    def spied(made: Tensor, before: Tensor, unseen: Tensor) -> bool:
+        judges.append(unseen)
+        return False
+
+    monkeypatch.setattr(fast_adaptation, "worse", spied)
+    in_turn = few(200) * 0.01 + torch.arange(10.0).repeat(20).unsqueeze(1)
+    adapt(Gaussian((0.0, 0.0)), in_turn, critic=critic, settings=tiny("variation"))
+    assert len(judges[0]) == 20 and len(judges[0][:, 0].round().unique()) > 4
+
+
+def test_a_guide_is_called_with_latents_of_the_same_law(monkeypatch: pytest.MonkeyPatch):
+    pools: list[Tensor] = []
+
+    def spied(samples: Tensor, pool: Tensor, **settings: Any) -> Tensor:
+        pools.append(pool)
+        return variation_bank(samples, pool, **settings)
+
+    monkeypatch.setattr(fast_adaptation, "variation_bank", spied)
+    start, guide = Gaussian((0.0, 0.0)), Gaussian((0.0, 0.0))
+    settings = tiny("variation")
+    for one in (None, guide):
+        adapt(start, few(20), critic=critic, settings=settings, latents="uniform(-1,1)", guide=one)
+    assert pools[0].equal(pools[1])

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, Result
 from torch import nn
 
 from fl_wb.barycenter import UselessMeasures, recursive_barycenter
+from fl_wb.clients.received import received_code
 from fl_wb.federation import merger
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
@@ -411,3 +412,34 @@ def test_a_merge_that_no_upload_spoils_leaves_the_model_where_its_own_samples_do
     result = start(strategy(), InProcessGrid(app(), nodes=2))
     assert not result.arrays
     assert "the merge failed (the generator makes samples that are not finite)" in caplog.text
+
+
+def test_a_weight_of_next_to_nothing_makes_a_code_that_targets_take() -> None:
+    made, told = ClientApp(), []
+    uploads(made, {11: 1e-12})
+
+    @made.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        code, _ = received_code(message, context)
+        told.append(code)
+        return reply(message, ArrayRecord())
+
+    start(strategy(), InProcessGrid(made, nodes=3))
+    assert len(told) == 3 and min(told[0].shares) > 5e-7
+
+
+def test_a_reply_that_nobody_can_read_counts_as_dropped() -> None:
+    good, bad = ClientApp(), ClientApp()
+    uploads(good)
+
+    @bad.train()
+    def train(message: Message, context: Context) -> Message:
+        answer = reply(message, initial_arrays())
+        for number in range(17):
+            answer.content[f"more-{number}"] = ConfigRecord({"bytes": b"x" * 1_000_000})
+        return answer
+
+    grid = InProcessGrid(good, nodes=2)
+    grid.add({}, app=bad)
+    result = start(strategy(patience=2, fraction_evaluate=0.0), grid, rounds=4)
+    assert [result.train_metrics_clientapp[r]["uploads-dropped"] for r in (1, 2, 3)] == [1, 1, 0]

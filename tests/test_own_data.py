@@ -126,3 +126,23 @@ def test_a_mistyped_role_is_an_error_of_that_node() -> None:
     grid.add({"partition-id": 0, "role": "soruce"})
     (reply,) = grid.send_and_receive([Message(RecordDict(), 11, "query")])
     assert "node 11: role='soruce' is not one of source, target" in str(reply.error.reason)
+
+
+@pytest.mark.parametrize(("epsilon", "trained"), [(None, 8), (8.0, 10)])
+def test_a_private_source_trains_on_all_of_its_own_data(
+    epsilon: float | None, trained: int, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path / "a", 0)
+    for label in (0, 1):
+        pixels = np.zeros((8, 8), np.uint8) + label
+        Image.fromarray(pixels).save(folder / str(label) / "more.png")
+    brief = "client.source.iterations=1 client.source.batch_size=4 data.held_out=0.2"
+    privacy = "" if epsilon is None else f" client.privacy.epsilon={epsilon}"
+    grid = InProcessGrid(
+        app, run_config={"overrides": f"data.shape=[1,8,8] {brief}{privacy}", "output": "/tmp/none"}
+    )
+    grid.add({"data": str(folder), "role": "source"})
+    generator, _ = factories(compose("data.shape=[1,8,8]"))
+    arrays = ArrayRecord(generator().state_dict())
+    (reply,) = grid.send_and_receive([Message(RecordDict({"arrays": arrays}), 11, "train")])
+    assert reply.content["metrics"]["num-examples"] == trained

@@ -13,7 +13,7 @@ from torch import nn
 from fl_wb.generators.code import Code
 from fl_wb.generators.networks import make_generator
 from fl_wb.generators.reweighted import reweighted
-from fl_wb.generators.sampling import generate
+from fl_wb.generators.sampling import driven, generate
 from fl_wb.ternary import (
     PackedFileError,
     Ternary,
@@ -206,3 +206,13 @@ def test_a_forged_code_is_refused(field: str, tmp_path: Path):
             load(path, network())
         with pytest.raises(PackedFileError, match="no code"):
             numpy_reader.PackedGenerator(path, (1, 8, 8))
+
+
+def test_numpy_refuses_cells_of_a_law_that_no_file_holds(tmp_path: Path):
+    def law(n: int, rng: torch.Generator) -> torch.Tensor:
+        return torch.rand(n, 4, generator=rng).log().neg()
+
+    own = reweighted(driven(network(), latents=law), Code((0.5, 0.5)), (0.0, 1.0))
+    path = save(ternarize(own, settings=QUICK), tmp_path / "file")
+    with pytest.raises(PackedFileError, match="a law that no file holds"):
+        numpy_reader.PackedGenerator(path, (1, 8, 8))

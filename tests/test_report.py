@@ -139,3 +139,14 @@ def test_a_real_run_is_reported_with_its_convergence(
     sizes = found["bytes"]
     assert sizes["generator"] < sizes["generator-on-the-wire"]
     assert sizes["generator-on-disk"] == (tmp_path / "run/barycenter.safetensors").stat().st_size
+
+
+def test_what_a_stranger_calls_its_metrics_breaks_no_report(tmp_path: Path) -> None:
+    write(tmp_path, "seed=0", 0.5, curve=1.0)
+    path = tmp_path / "seed=0" / "metrics.json"
+    run = json.loads(path.read_text())
+    run["final"]["ternary"] = run["final"]["adapted"]  # and no packed file beside
+    path.write_text(json.dumps(run))
+    (section,) = read([tmp_path])
+    assert [row.step for row in section.rows.values()][-1] == "ternary"
+    assert not any(row.curves for row in section.rows.values())

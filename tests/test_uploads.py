@@ -206,3 +206,28 @@ def test_who_left_weighs_in_a_fold_what_max_share_lets_it() -> None:
     assert kept.fold([], lambda parts: seeded_state(0)) == 10
     (folded,) = kept.ordered()
     assert folded.weight == pytest.approx(900 * (1 + 3 / 9))  # three times the mean of the others
+
+
+def leave_after_the_first(nodes: int, **arguments: Any) -> AdaptiveCoalescence:
+    """Run three rounds: these nodes in the first one, two others in the next."""
+    app = ClientApp()
+    uploads(app)
+    evaluates(app)
+    grid = InProcessGrid(app)
+    for node in range(11, 11 + nodes):
+        grid.add({}, node_id=node)
+
+    def move(server_round: int, arrays: ArrayRecord) -> None:
+        if server_round == 1:
+            grid.nodes.clear()
+            for node in (91, 92):
+                grid.add({}, node_id=node)
+
+    run = AdaptiveCoalescence(generator=generator, critic=critic, stage=STAGE, **arguments)
+    run.start(grid=grid, initial_arrays=initial_arrays(), num_rounds=3, evaluate_fn=move)
+    return run
+
+
+def test_what_is_too_old_is_not_folded_and_kept_for_ever() -> None:
+    assert len(leave_after_the_first(KEPT + 1).shares) == 3
+    assert len(leave_after_the_first(KEPT + 1, max_age=0).shares) == 2

@@ -138,3 +138,8 @@ def test_what_cannot_be_fitted_is_refused():
         fit_weights(LINE, LINE.code, torch.zeros(3, 1), method="best")
     with pytest.raises(ValueError, match="no samples to fit weights to"):
         fit_weights(LINE, LINE.code, torch.zeros(0, 1))
+
+
+def test_a_cell_that_is_none_cannot_be_forgotten() -> None:
+    with pytest.raises(ValueError, match=r"without=\[4\] must be cells, from 0 to 3"):
+        fit_weights(LINE, LINE.code, draws(CENTRES, [5, 5, 5, 5]), without=[0, 4])
