@@ -383,6 +383,18 @@ def test_augmentation_names_samples_without_labels(few: tuple[Tensor, Tensor]) -
         augmentation(Blobs(), few, labelled_blobs(30, 0))
 
 
+def test_augmentation_wants_two_that_judge_and_takes_classes_that_only_the_real_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(import_module("fl_wb.metrics.augmentation"), "STEPS", 10)
+    few, held_out = labelled_blobs(6, 1), labelled_blobs(30, 2)
+    with pytest.raises(ValueError, match="held_out must be 2 samples or more"):
+        augmentation(Blobs(), few, (held_out[0][:1], held_out[1][:1]))
+    samples, labels = labelled_blobs(30, 3)
+    found = augmentation(Blobs(), few, held_out, real=(samples, labels + 1))
+    assert all(0 <= accuracy <= 1 for accuracy in found.values())
+
+
 def test_the_stage_of_a_conditional_merge_is_found_again(tmp_path: Path) -> None:
     tiny = replace(STAGE, distillation=Distillation(iterations=3, batch_size=8))
     sources = [Points(-3.0), Points(3.0)]

@@ -267,6 +267,23 @@ def test_of_a_start_that_fits_in_part_that_part_is_learned(monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("quick_gate")
+def test_of_more_samples_than_are_widened_no_class_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    learned: list[Tensor] = []
+
+    def noted(bank: Tensor) -> Sampler:
+        learned.append(bank)
+        return resample(bank)
+
+    monkeypatch.setattr(fast_adaptation, "resample", noted)
+    monkeypatch.setattr(fast_adaptation, "choose_anchor", lambda *_: 5.0)
+    monkeypatch.setattr(fast_adaptation, "WIDENED", 15)
+    few = few_of([0.0, 3.0], 15)  # sorted: the first 15 are of one class
+    gated = reweighted(Points(), Code((1, 1)), (1, 1), gate=fit_gate(Points(), few))
+    adapt(gated, few, iterations=0)
+    assert 3 < (learned[-1][:15] > 1.5).sum() < 12
+
+
+@pytest.mark.usefixtures("quick_gate")
 def test_what_a_gate_keeps_back_can_be_asked_for():
     start = reweighted(Points(), Code((1, 1)), (1, 1), gate=fit_gate(Points(), few_of([3.0], 15)))
     assert ((generate(start, 1000) - 3.0).abs() < 0.5).float().mean() > 0.9
