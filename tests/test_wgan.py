@@ -220,6 +220,18 @@ def test_a_good_generator_is_warmed_up_without_moving_its_statistics():
     assert same(kept.generator, generator)
 
 
+def test_a_long_warmup_has_no_more_at_once_than_an_iteration():
+    drawn: list[int] = []
+
+    def real(n: int, rng: torch.Generator) -> Tensor:
+        drawn.append(n)
+        return torch.randn(n, 2, generator=rng)
+
+    training = Training(iterations=1, batch_size=4, critic_steps=5, warmup=12)
+    train_wgan(Gaussian((0.0, 0.0)), [critic()], [real], training)
+    assert drawn == [20, 20, 8, 20]
+
+
 @pytest.mark.parametrize("dim", [1, 2])
 def test_it_learns_a_gaussian(dim: int):
     rng = torch.Generator().manual_seed(0)

@@ -12,8 +12,9 @@ from functools import partial
 from time import perf_counter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fl_wb.barycenter.scales import rescale, scales
 from fl_wb.barycenter.stage import VERSION, Stage
 from fl_wb.barycenter.teachers import (
     Measure,
@@ -31,7 +32,7 @@ from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import fingerprint
 from fl_wb.training.distillation import distill
 from fl_wb.training.statistics import learning, settle
-from fl_wb.training.wgan import Progress, Regularizer, Sampler, resample, train_wgan
+from fl_wb.training.wgan import Progress, Sampler, resample, train_wgan
 
 log = logging.getLogger("flwr")  # its handlers show our lines beside Flower's
 
@@ -194,6 +195,7 @@ class Merge:
         training = self.store.checkpoint(key)
         rng = torch.Generator(self.device).manual_seed(seed)
         pool = self._pool([self._on_device(measure) for measure in measures], rng, student)
+        norms = scales(student)
         learning(student)
         statistics = partial(settle, latents=self.latents, trained=len(pool.z), seed=seed)
         if settings.start == "distilled":
@@ -217,12 +219,13 @@ class Merge:
                 settings.training,
                 latent_dim=self.latents.dim,
                 seed=seed,
-                regularizer=_near(pool, settings.fidelity),
+                regularizer=pool.near(settings.fidelity),
                 callback=callback,
                 checkpoint=training,
             ).generator
         if settings.training.iterations or settings.start == "previous":
             statistics(student)
+        rescale(student, norms, self.latents, len(pool.z), seed=seed)
         start.clear()
         training.clear()
         return student.eval()
@@ -284,17 +287,3 @@ def check_conditional(settings: Stage) -> None:
             "conditional generators merge with geodesic='mixture' and start='distilled' alone, "
             f"not {settings.geodesic!r} and {settings.start!r}"
         )
-
-
-def _near(pool: Pool, weight: float) -> Regularizer | None:
-    """Regularizer weight * E||G(z) - x|| over the pairs of a pool."""
-    if not weight:
-        return None
-    pairs = pool.pairs()
-
-    def term(generator: nn.Module, _: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
-        z, x, _ = pairs(len(fakes), rng)
-        distance: Tensor = (generator(z) - x).flatten(1).norm(dim=1).mean()
-        return weight * distance
-
-    return term

@@ -25,7 +25,7 @@ FEW = 10
 LONGEST = 2.8
 """Times as many iterations as a stage has at most."""
 
-VERSION = 6
+VERSION = 7
 """Of the algorithm: a store's results of another one are not taken for its own."""
 
 

@@ -20,6 +20,7 @@ from fl_wb.generators.latents import Latents, frequencies
 from fl_wb.generators.sampling import Labels, in_batches
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.training.distillation import Pairs
+from fl_wb.training.wgan import Regularizer
 from fl_wb.transport import displacement
 
 PAIRS = 131_072
@@ -118,6 +119,19 @@ class Pool:
     def samples(self, n: int, rng: torch.Generator) -> Tensor:
         """Draw n samples of the measure itself."""
         return self.x[torch.multinomial(self.weight, n, replacement=True, generator=rng)]
+
+    def near(self, weight: float) -> Regularizer | None:
+        """Regularizer weight * E||G(z) - x|| over pairs."""
+        if not weight:
+            return None
+        pairs = self.pairs()
+
+        def term(generator: nn.Module, _: Tensor, fakes: Tensor, rng: torch.Generator) -> Tensor:
+            z, x, _ = pairs(len(fakes), rng)
+            distance: Tensor = (generator(z) - x).flatten(1).norm(dim=1).mean()
+            return weight * distance
+
+        return term
 
 
 @torch.no_grad()

@@ -160,8 +160,9 @@ def train_wgan(
     """
     loop = _Loop(generator, critics, reals, settings, latent_dim, seed, regularizer, critic_steps)
     if not (checkpoint and loop.state.resume(checkpoint)):
-        with own_random_numbers(seed):
-            loop.critic_phase(settings.warmup)
+        for begun in range(0, settings.warmup, settings.critic_steps):
+            with own_random_numbers(seed + begun):
+                loop.critic_phase(min(settings.critic_steps, settings.warmup - begun))
     while loop.state.iteration < settings.iterations:
         with own_random_numbers(seed + 1 + loop.state.iteration):
             losses = loop.step()
