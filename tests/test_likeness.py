@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fl_wb.adaptation.likeness import likeness
+from fl_wb.adaptation.likeness import _rows, likeness
 
 
 def rings(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -99,3 +99,19 @@ def test_the_same_arguments_give_the_same_ratios_and_nothing_moves():
     made, few, state = rings(500)[0], rings(10, seed=1)[0], torch.random.get_rng_state()
     assert likeness(made, few)(made).equal(likeness(made, few)(made))
     assert state.equal(torch.random.get_rng_state())
+
+
+def test_a_stroke_of_a_large_image_is_like_itself_a_pixel_away() -> None:
+    def far(side: int, moved: int) -> float:
+        stroke = torch.full((2, 3, side, side + 4), -1.0)
+        stroke[0, ..., side // 2] = stroke[1, ..., side // 2 + moved] = 1.0
+        one, other = _rows(stroke)
+        assert one.shape == (3 * side * (side + 4),)
+        return (one - other).norm().item()
+
+    assert far(28, 1) < 0.5 * far(28, 5)
+    assert far(8, 1) > 0.7 * far(8, 3)  # a pixel of few is a part of the shape
+    flat = torch.full((1, 1, 28, 20), 0.7)
+    torch.testing.assert_close(_rows(flat), flat.flatten(1))  # borders do not darken
+    vectors = torch.randn(5, 7)
+    assert _rows(vectors).equal(vectors)
