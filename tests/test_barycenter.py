@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.barycenter import GEODESICS, Stage, optimality_gap, recursive_barycenter, stage_of
+from fl_wb.generators.networks import MLPGenerator
 from fl_wb.generators.sampling import generate
 from fl_wb.metrics import energy_distance
 from fl_wb.training.distillation import Distillation
@@ -362,3 +363,29 @@ def test_a_sequence_that_makes_its_generators_is_asked_when_they_are_needed():
     eager = [Gaussian(corner) for corner in TRIANGLE]
     assert same(nu, recursive_barycenter(eager, critic=critic, stage=TINY))
     assert len(lazy.made) <= 3 * 3
+
+
+def test_a_start_that_nothing_moves_does_not_take_the_barycenter_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Prepare: the first of four is saturated; it has no gradient
+    sources = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        sources.append(MLPGenerator((1, 4, 4), latent_dim=4, width=32).eval())
+    honest = torch.cat([generate(source, 300, seed=seed) for seed, source in enumerate(sources)])
+    with torch.no_grad():
+        for parameter in sources[0].parameters():
+            parameter.mul_(1e6)
+    stage = Stage(distillation=Distillation(iterations=300, batch_size=32, lr=1e-2))
+
+    # Execute
+    nu = recursive_barycenter(sources, [1.0, 1.0, 1.0, 1.0], stage=stage)
+
+    # Assert
+    assert caplog.text.count("has learned nothing") == 1
+    spread = torch.pdist(honest.flatten(1)).mean().item()
+    assert energy_distance(generate(nu, 500), honest) < spread  # 4.6 of it by the first start
+    caplog.clear()
+    recursive_barycenter(sources[1:], stage=stage)
+    assert "has learned nothing" not in caplog.text

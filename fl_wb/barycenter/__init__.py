@@ -6,7 +6,7 @@ Imports `training` and what lies below it.
 from __future__ import annotations
 
 from fl_wb.barycenter.executors import check_executor
-from fl_wb.barycenter.merge import Merge, check_conditional
+from fl_wb.barycenter.merge import Merge
 from fl_wb.barycenter.optimality import optimality_gap
 from fl_wb.barycenter.recursion import (
     FAN_IN,
@@ -15,7 +15,7 @@ from fl_wb.barycenter.recursion import (
     recursive_barycenter,
     shares_learned,
 )
-from fl_wb.barycenter.stage import GEODESICS, STARTS, VERSION, Stage, stage_of
+from fl_wb.barycenter.stage import GEODESICS, STARTS, VERSION, Stage, check_conditional, stage_of
 from fl_wb.barycenter.teachers import Measure, UselessMeasures
 
 __all__ = [

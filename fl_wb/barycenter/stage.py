@@ -7,6 +7,8 @@ where the heavier measure alone would be optimal.
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -15,6 +17,8 @@ from torch import nn
 from fl_wb.settings import Settings, above, at_least, one_of
 from fl_wb.training.distillation import Distillation
 from fl_wb.training.wgan import Training
+
+log = logging.getLogger("flwr")
 
 GEODESICS = ("two_critics", "mixture", "displacement")
 STARTS = ("distilled", "previous")
@@ -116,6 +120,23 @@ class Stage(Settings):
             training=replace(self.training, iterations=of(self.training.iterations)),
         )
 
+    def within(self, budget: float, seconds: float) -> Stage:
+        """Return these settings with as many iterations as so long lasts, of what takes `seconds`.
+
+        In steps of a factor of the root of two, so that a second call mostly finds as many.
+        """
+        settings, share = replace(self, budget=None), budget / max(seconds, 1e-9)
+        if share >= 1:
+            return settings
+        few = settings.shortened(2 ** (math.floor(2 * math.log2(share)) / 2))
+        log.info(
+            "a budget of %.3g s a stage: %s of %s iterations",
+            budget,
+            f"{few.iterations:,}",
+            f"{settings.iterations:,}",
+        )
+        return few
+
 
 def stage_of(
     stage: Stage | None,
@@ -142,3 +163,12 @@ def stage_of(
         distillation = replace(settings.distillation, iterations=iterations)
         return replace(settings, distillation=distillation)
     return replace(settings, training=replace(settings.training, iterations=iterations))
+
+
+def check_conditional(settings: Stage) -> None:
+    """Raise ValueError for a stage that would lose the labels: only a distillation knows them."""
+    if (settings.geodesic, settings.start) != ("mixture", "distilled"):
+        raise ValueError(
+            "conditional generators merge with geodesic='mixture' and start='distilled' alone, "
+            f"not {settings.geodesic!r} and {settings.start!r}"
+        )

@@ -21,7 +21,7 @@ from fl_wb.generators.sampling import Labels, in_batches
 from fl_wb.persistence.tensor_files import digest
 from fl_wb.training.distillation import Pairs
 from fl_wb.training.wgan import Regularizer
-from fl_wb.transport import displacement
+from fl_wb.transport import displacement, energy_distance
 
 PAIRS = 131_072
 """Pairs of a pool, at most. Half as many cost forty sources of digits some coverage, ten none."""
@@ -37,6 +37,9 @@ OF_A_BRANCH, OF_A_LABEL = 24, 20
 """Pairs in a batch, at least, of each branch of the code, or label: with fewer, an energy distance
 within it says little. Forty sources of digits, with five of each, lost a tenth of their coverage.
 """
+
+COMPARED = 1000
+"""Pairs by which it is seen whether a stage has learned them."""
 
 ALIGNED = 2048
 """Samples, at most, by which a measure is turned towards the student."""
@@ -119,6 +122,14 @@ class Pool:
     def samples(self, n: int, rng: torch.Generator) -> Tensor:
         """Draw n samples of the measure itself."""
         return self.x[torch.multinomial(self.weight, n, replacement=True, generator=rng)]
+
+    @torch.no_grad()
+    def far(self, generator: nn.Module) -> float:
+        """Return the energy distance of what it makes, of the mean distance within the pool."""
+        some = torch.randperm(len(self.z), generator=torch.Generator().manual_seed(0))[:COMPARED]
+        z, x = self.z[some.to(self.z.device)], self.x[some.to(self.x.device)]
+        within = torch.pdist(x.flatten(1)).mean().clamp(min=1e-12)
+        return (energy_distance(generator(z), x) / within).item()
 
     def near(self, weight: float) -> Regularizer | None:
         """Regularizer weight * E||G(z) - x|| over pairs."""
