@@ -243,7 +243,7 @@ class Merge:
             ).generator
         if settings.training.iterations or settings.start == "previous":
             statistics(student)
-        rescale(student, norms, self.latents, len(pool.z), seed=seed)
+        rescale(student, norms, self.latents, seed=seed)
         start.clear()
         training.clear()
         return student.eval(), pool.far(student)

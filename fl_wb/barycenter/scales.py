@@ -9,19 +9,22 @@ of the sources.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fl_wb.generators.latents import Latents
 from fl_wb.generators.sampling import device_of
 from fl_wb.training.random_numbers import own_random_numbers
-from fl_wb.training.statistics import learning, settle
+from fl_wb.training.statistics import hold
 
 LATENTS = 64
 """Of which it is seen whether a scale matters."""
 
 SAME = 1e-3
-"""Of the largest value: what rounding and a normalisation's epsilon may change."""
+"""Of the largest value: what rounding may change."""
 
 
 def scales(generator: nn.Module) -> dict[str, Tensor]:
@@ -31,55 +34,79 @@ def scales(generator: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def rescale(
-    generator: nn.Module,
-    norms: dict[str, Tensor],
-    latents: Latents,
-    trained: int = 0,
-    *,
-    seed: int = 0,
+    generator: nn.Module, norms: dict[str, Tensor], latents: Latents, *, seed: int = 0
 ) -> None:
     """Make layers of a generator, in place, no larger than they were, where that changes nothing.
 
-    Where it does is tried, layer by layer: in train mode a normalisation takes any scale away. Its
-    statistics are taken anew.
+    Where it does is tried, layer by layer. Batch normalisations whose input becomes so much smaller
+    get statistics that are: taken anew, they would be those of other samples, off by chance.
 
     Parameters
     ----------
     generator : nn.Module
-        Trained, with the statistics of `fl_wb.training.statistics.settle`.
+        Trained, with true statistics; in eval mode afterwards.
     norms : dict
         What `scales` has said before.
-    latents, trained, seed
-        As of `settle`.
+    latents
+        Their law.
+    seed
+        Of the latents.
     """
-    modes = {part: part.training for part in generator.modules()}
-    buffers = [(b, b.clone()) for b in generator.buffers()]
+    followers = hold(generator.eval())
     z = latents.draw(LATENTS, torch.Generator(device_of(generator)).manual_seed(seed))
-
-    def made() -> Tensor:
-        with own_random_numbers(seed):
-            samples: Tensor = generator(z)
-        for buffer, was in buffers:  # those of a power iteration count as well
-            buffer.copy_(was)
-        return samples
-
-    learning(generator)
-    before, changed = made(), False
+    made = _watched(generator, z, followers, seed)
+    before = made()
     for name, layer in _layers(generator):
         own = [p for p in layer._parameters.values() if p is not None]
         share = (norms[name] / layer.weight.norm()).item()
         if not (0 < share < 1 and all(p.requires_grad for p in own)):
             continue
-        was = [p.clone() for p in own]
+        kept = [(v, v.clone()) for n in followers for v in (*n.parameters(), *n.buffers())]
+        kept += [(p, p.clone()) for p in own]
         torch._foreach_mul_(own, share)
-        if (made() - before).abs().max() <= SAME * before.abs().max():
-            changed = True
+        for norm, was, is_now in zip(followers, before[1:], made()[1:], strict=True):
+            if _same(is_now, share * was):
+                _shrink(norm, share)
+        if _same((now := made())[0], before[0]):
+            before = now
         else:
-            torch._foreach_copy_(own, was)
-    for part, training in modes.items():
-        part.training = training
-    if changed:
-        settle(generator, latents, trained, seed=seed)
+            for value, was in kept:
+                value.copy_(was)
+
+
+def _watched(
+    generator: nn.Module, z: Tensor, followers: list[_BatchNorm], seed: int
+) -> Callable[[], list[Tensor]]:
+    """Return what says what a generator makes of latents, and what its normalisations then see."""
+
+    def made() -> list[Tensor]:
+        seen: dict[nn.Module, Tensor] = {}
+
+        def look(norm: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            seen[norm] = (*given, *named.values())[0].clone()
+
+        hooks = [n.register_forward_pre_hook(look, with_kwargs=True) for n in followers]
+        with own_random_numbers(seed):
+            samples: Tensor = generator(z)
+        for hook in hooks:
+            hook.remove()
+        return [samples, *(seen.get(norm, z.new_full((), torch.nan)) for norm in followers)]
+
+    return made
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= SAME * other.abs().max())
+
+
+def _shrink(norm: _BatchNorm, share: float) -> None:
+    """Have a normalisation make of share * x what it makes of x: its epsilon stays as it is."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    before = norm.running_var + norm.eps
+    norm.running_mean.mul_(share)
+    norm.running_var.mul_(share**2)
+    norm.weight.mul_(((norm.running_var + norm.eps) / before).sqrt() / share)
 
 
 def _layers(generator: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -29,7 +29,7 @@ FEW = 10
 LONGEST = 2.8
 """Times as many iterations as a stage has at most."""
 
-VERSION = 7
+VERSION = 6
 """Of the algorithm: a store's results of another one are not taken for its own."""
 
 
