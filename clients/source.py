@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fl_wb.clients.received import fitted
@@ -23,7 +23,7 @@ from fl_wb.training.wgan import Progress, Training
 
 # In context.state.
 _GENERATOR, _METRICS = "fl_wb.source.generator", "fl_wb.source.metrics"
-_JUDGE = "fl_wb.source.critic"
+_JUDGE, _REFUSED = "fl_wb.source.critic", "fl_wb.source.refused"
 _FIGURE = "figure/"  # in a store, beside the generator's own names,
 _CRITIC = "critic/"  # and the critic's
 
@@ -103,6 +103,8 @@ def source_train(
             f"node {context.node_id} trains in every round, each of which would spend "
             "epsilon again: privacy.epsilon is for strategies whose sources train once"
         )
+    if not again and _REFUSED in state:  # another training would spend epsilon again
+        raise ValueError(str(state.config_records[_REFUSED]["why"]))
     if again or _GENERATOR not in state:
         network = generator()
         fitted(message.content.array_records[keys.ARRAYS], network, context)
@@ -152,10 +154,12 @@ def source_train(
             if not measured >= min_memorization:
                 log.warning("memorization=%.3g of this source's generator", measured)
                 said = "" if private else f"={measured:.3g}"
-                raise ValueError(
+                why = (
                     f"node {context.node_id} uploads nothing: memorization{said} of its "
                     f"generator must be at least min_memorization={min_memorization}"
                 )
+                state[_REFUSED] = ConfigRecord({"why": why})
+                raise ValueError(why)
             figures |= {} if private else {"memorization": measured}
         state[_GENERATOR] = ArrayRecord(made)
         if send_critic:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -44,6 +45,21 @@ from fl_wb.reporting.progress import progress
 from fl_wb.training.privacy import Privacy
 
 app = ClientApp(mods=[discreet])
+
+
+NODE_KEYS = (
+    "partition-id",
+    "num-partitions",
+    "role",
+    "data",
+    "cache",
+    "device",
+    "epsilon",
+    "min-memorization",
+    "share-adapted",
+    "send-few-pictures",
+)
+"""Of ``node_config``, that mean something here; other apps may have others."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +195,12 @@ def place(context: Context, config: Config) -> Place:
         If its ``node_config`` says too little, or nonsense.
     """
     node, partition = context.node_config, context.node_config.get("partition-id")
+    for key in node.keys() - set(NODE_KEYS):  # a misspelt limit would be none
+        if meant := get_close_matches(key.lower().replace("_", "-"), NODE_KEYS, 1, 0.8):
+            raise ValueError(
+                f"node {context.node_id}: its node_config has {key!r}: is {meant[0]!r} meant? Keys "
+                f"are {', '.join(NODE_KEYS)}; others have to be less like these"
+            )
     data, cache = (_folder(context, key) for key in ("data", "cache"))
     number = partition if isinstance(partition, int) else None
     if config.client.send_few_pictures and data and node.get("send-few-pictures") is not True:

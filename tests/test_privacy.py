@@ -299,3 +299,27 @@ def test_a_limit_that_is_none_is_refused(limit: Callable[[Config, Context], Any]
     context = Context(7, 11, {"epsilon": "low", "min-memorization": True}, RecordDict(), {})
     with pytest.raises(ValueError, match=r"node 11: .* must be more than 0"):
         limit(Config(), context)
+
+
+def test_a_refused_private_source_spends_epsilon_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        trained.append(1)
+        return train_source(*args, **kwargs)
+
+    monkeypatch.setattr("fl_wb.clients.source.train_source", counted)
+    app = source(lambda: points(50), min_memorization=9.0, privacy=PRIVATE)
+    reply = ask(app, "train", times=3)
+    assert "uploads nothing: memorization of its generator must be" in refused(reply)
+    assert len(trained) == 1
+
+
+@pytest.mark.parametrize("key", ["min_memorization", "Epsilon", "epsilom", "Role"])
+def test_a_misspelt_limit_of_a_node_is_refused(key: str) -> None:
+    node = {"partition-id": 0, "num-partitions": 3, "site": "a", key: 1.0}
+    context = Context(7, 11, node, RecordDict(), {})
+    with pytest.raises(ValueError, match=rf"node 11: its node_config has '{key}': is .* meant"):
+        client_app.place(context, compose(""))
+    del node[key]
+    assert client_app.place(Context(7, 11, node, RecordDict(), {}), compose("")).role == "source"
