@@ -92,7 +92,8 @@ def make_strategy(config: Config, results: Results) -> RoleFedAvg:
     arguments: dict[str, Any] = dict.fromkeys(
         ("min_train_nodes", "min_evaluate_nodes", "min_available_nodes"), 1
     )
-    arguments |= {"observer": results, "max_share": config.strategy.max_share}
+    said = config.strategy
+    arguments |= {"observer": results, "max_share": said.max_share, "patience": said.patience}
     strategies: dict[str, Callable[[], RoleFedAvg]] = {
         "adaptive_coalescence": lambda: _coalescence(config, results, arguments),
         "fedavg": lambda: RoleFedAvg(**arguments),
@@ -116,7 +117,6 @@ def _coalescence(
         seed=config.seed,
         store=StageStore(results.output / "barycenter", seconds=config.strategy.checkpoint_seconds),
         device=config.device,
-        patience=config.strategy.patience,
         screening=config.strategy.screening,
         callback=results.stage,
     )

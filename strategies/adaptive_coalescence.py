@@ -34,7 +34,8 @@ from fl_wb.strategies.checks import (
     check_device,
     check_networks,
     check_not_wrapped,
-    check_settings,
+    check_screening,
+    check_whole,
 )
 from fl_wb.strategies.role_fedavg import Observer, RoleFedAvg
 from fl_wb.training.wgan import Progress
@@ -113,14 +114,11 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         in memory.
     device : str
         Where stages are trained, e.g. "cuda".
-    patience : int, optional
-        A node whose upload was dropped in that many rounds in a row is not asked to train again.
-        None: it always is.
     screening : float, optional
         Drop uploads that collapsed, or whose samples are more than this many times further from
         the others' than is typical (see `fl_wb.messages.screening`; 3 measured well). None: off.
-    observer, max_share : optional
-        As in `RoleFedAvg`.
+    observer, max_share, patience : optional
+        As in `RoleFedAvg`; nodes are asked three times.
     callback : callable, optional
         Called during stages with (iteration, iterations in all, losses). By default they are
         logged every few seconds.
@@ -176,13 +174,15 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
             evaluate_metrics_aggr_fn,
             observer=observer,
             max_share=max_share,
+            patience=patience,
         )
         check_factory("generator", generator)
         if critic is not None:
             check_factory("critic", critic)
         if refit is not None and generator_keys is None:
             raise ValueError("refit without generator_keys: no other part of the model is there")
-        check_settings(seed, patience, screening, max_age)
+        check_whole(0, seed=seed, max_age=max_age)
+        check_screening(screening)
         if continue_from not in CONTINUE_FROM:
             allowed = ", ".join(CONTINUE_FROM)
             raise ValueError(f"continue_from={continue_from!r} is not one of {allowed}")
@@ -206,7 +206,6 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         self.continue_from = continue_from
         self.max_age = max_age
         self.screening = screening
-        self._patience = patience
         self._coalescence: Coalescence | None = None
         self._to_forget: list[int] = []  # once it is known what there is
         self._last_round: int | None = None

@@ -34,17 +34,15 @@ WRAPPERS = (
 )
 
 
-def check_settings(
-    seed: int, patience: int | None, screening: float | None, max_age: int | None
-) -> None:
-    """Raise ValueError if a setting of the strategy is none, naming what is allowed."""
-    for name, value, least in (
-        ("seed", seed, 0),
-        ("patience", patience, 1),
-        ("max_age", max_age, 0),
-    ):
+def check_whole(least: int, **settings: int | None) -> None:
+    """Raise ValueError if a setting is no whole number of so much or more, nor None."""
+    for name, value in settings.items():
         if value is not None and not (isinstance(value, int) and value >= least):
             raise ValueError(f"{name}={value!r} must be an integer of {least} or more")
+
+
+def check_screening(screening: float | None) -> None:
+    """Raise ValueError if uploads cannot be screened so, naming what is allowed."""
     if screening is not None and not screening > 1:
         raise ValueError(f"screening={screening!r} must be more than 1: typical uploads have 1")
 

@@ -27,6 +27,7 @@ from fl_wb.messages.keys import BOTH, ROLE, ROLES, SOURCE, TARGET
 from fl_wb.messages.records import InvalidUpload
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 from fl_wb.private_apis import aggregate_metricrecords, sample_nodes
+from fl_wb.strategies.checks import check_whole
 from fl_wb.strategies.metrics import averageable
 from fl_wb.strategies.roles import addressees, node_of, role_in, says
 
@@ -75,6 +76,9 @@ class RoleFedAvg(FedAvg):
     max_share : float
         No node weighs more than this many times the mean of the others, whatever it says; see
         `fl_wb.messages.weights.bounded_weights`.
+    patience : int, optional
+        A node whose upload was dropped in that many rounds in a row is not asked to train again.
+        None: it always is.
     """
 
     def __init__(
@@ -82,10 +86,12 @@ class RoleFedAvg(FedAvg):
         *args: Any,
         observer: Observer | None = None,
         max_share: float = MAX_SHARE,
+        patience: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         bounded_weights([], max_share)
+        check_whole(1, patience=patience)
         self.observer, self.max_share = observer, max_share
         self._roles: dict[int, str] = {}
         self._passing = set[int]()  # nodes whose roles are for this round alone
@@ -94,7 +100,7 @@ class RoleFedAvg(FedAvg):
         self._refused = set[int]()  # nodes whose last replies nobody could read
         self._connected = set[int]()  # thousands, perhaps: looked up for each upload
         self._strikes: Counter[int] = Counter()  # rounds in a row whose upload was dropped
-        self._patience: int | None = None  # after so many, a node is not asked to train again
+        self._patience = patience
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -122,7 +128,8 @@ class RoleFedAvg(FedAvg):
         """Combine the valid uploads; the arrays are None (the model stays) if there is none."""
         template = self._arrays.to_torch_state_dict()
         kept, uploads = [], []
-        for node_id, content in self._received(replies, is_train=True):
+        received = self._received(replies, is_train=True)
+        for node_id, content in received:
             try:
                 upload = self._upload(content, template)
             except InvalidUpload as error:
@@ -131,6 +138,8 @@ class RoleFedAvg(FedAvg):
             kept.append((node_id, content))
             place = node_id if upload.partition is None else upload.partition
             uploads.append((place, node_id, upload))
+        good = dict(kept).keys()
+        self._judge((dict(received).keys() | self._refused) - good, good)
         if not kept:
             log(WARNING, "no valid upload in round %d: the model stays", server_round)
             return None, None

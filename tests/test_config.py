@@ -169,6 +169,8 @@ def test_hydra_may_be_initialised_already() -> None:
             "source=2 must be less than 2, the number of sources",
         ),
         ("strategy.critic=true", "strategy.critic=true is for strategy=transfer"),
+        ("strategy.source=1", "strategy.source=1 is for strategy=transfer, not adaptive_coales"),
+        ("strategy=fedavg strategy.screening=3", "screening=3.0 is for strategy=adaptive_coales"),
         ("data.source_samples_per_class=[9]", "one number for each of the 2 sources"),
         ("data.source_samples_per_class=[9,0]", "a list with one number, 1 or more, for each"),
         ("client.ternarize=often", "client.ternarize=often must be true or false"),

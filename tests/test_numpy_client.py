@@ -141,3 +141,14 @@ def test_clients_without_evaluate_are_averaged_and_said(caplog: pytest.LogCaptur
     assert torch.allclose(found["b"], torch.full((3,), 1 + 2 / 3))
     assert caplog.text.count("its client says: 'Client does not implement `evaluate`'") == 2
     assert not result.evaluate_metrics_clientapp.get(1)
+
+
+def test_how_often_a_client_has_each_label_arrives() -> None:
+    said = reply(0)
+    said["evaluateres.metrics"] = ConfigRecord({"label-counts": [3.0, 0.0, 2.5], "note": "x"})
+    (figures,) = numpy_client.plain(said).metric_records.values()
+    assert figures["label-counts"] == [3.0, 0.0, 2.5]
+    assert "note" not in figures
+    said["evaluateres.metrics"] = ConfigRecord({"label-counts": ["3", "0"]})
+    with pytest.raises(InvalidUpload, match=r"label-counts .* are not all numbers"):
+        numpy_client.plain(said)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +12,8 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg, Result
 
+from fl_wb.app.config import compose
+from fl_wb.server_app import make_strategy
 from fl_wb.strategies import AdaptiveCoalescence, RoleFedAvg
 from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.toys import (
@@ -218,3 +220,21 @@ def test_an_aggregator_of_ones_own_sees_every_valid_reply() -> None:
     for kind in (strategy, RoleFedAvg):
         start(kind(train_metrics_aggr_fn=aggregate), InProcessGrid(made, nodes=3))
     assert seen == [3, 3]
+
+
+def test_patience_is_for_every_strategy_and_the_runs_setting_arrives() -> None:
+    app = ClientApp()
+    evaluates(app)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return reply(message, ArrayRecord([np.zeros(1)]))
+
+    grid = InProcessGrid(app, nodes=2)
+    strategy = RoleFedAvg(patience=2, fraction_evaluate=0.0)
+    strategy.start(grid=grid, initial_arrays=initial_arrays(), num_rounds=4)
+    assert [node.received.count("train") for node in grid.nodes.values()] == [2, 2]
+    config = compose("strategy=fedavg strategy.patience=7")
+    assert make_strategy(config, cast("Any", None))._patience == 7
+    with pytest.raises(ValueError, match="patience=0 must be an integer of 1 or more"):
+        RoleFedAvg(patience=0)

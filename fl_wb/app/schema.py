@@ -207,6 +207,13 @@ def completed(config: Config) -> Config:
             f"strategy.source={number} must be less than {data.source_count}, the number of "
             "sources: they are counted from 0"
         )
+    for key, only in (("screening", "adaptive_coalescence"), ("source", "transfer")):
+        value = getattr(config.strategy, key)
+        if value and config.strategy.name != only:
+            raise ConfigError(
+                f"strategy.{key}={value} is for strategy={only}, not {config.strategy.name}, which "
+                "would ignore it"
+            )
     if config.strategy.critic and config.strategy.name != "transfer":
         raise ConfigError(
             "strategy.critic=true is for strategy=transfer: the others have no single source's"

@@ -7,7 +7,7 @@ message-API apps here, at the boundary, so that nothing else knows of them. Name
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -65,7 +65,16 @@ def plain(content: RecordDict) -> RecordDict:
         for name, value in said.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 figures[name] = value
+            elif name == keys.LABELS and isinstance(value, list):
+                figures[name] = _numbers(name, value)
         for record in content.metric_records.values():
             figures.update(record)
         return RecordDict({**content.array_records, keys.METRICS: figures})
     return content
+
+
+def _numbers(name: str, values: Sequence[object]) -> list[float]:
+    found = [x for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
+    if len(found) < len(values):
+        raise InvalidUpload(f"its {name} {str(values)[:200]} are not all numbers")
+    return [float(x) for x in found]
