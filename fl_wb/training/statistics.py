@@ -145,11 +145,23 @@ class _Inputs:
         norm.running_var.copy_(variance)
 
 
+class _Average(AveragedModel):
+    """An average whose buffers, where it is not finite, are the module's."""
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        super().update_parameters(model)
+        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=False):
+            if mine.is_floating_point():
+                mine.copy_(mine.where(mine.isfinite(), theirs))
+
+
 def moving_average(module: nn.Module, decay: float) -> AveragedModel:
     """Return the exponential moving average of a module's weights and buffers, to be updated.
 
     The decay ramps up as min(decay, (t+1)/(t+10)) at step t = 0, 1, ..., so that a short training
-    is not held back by its start.
+    is not held back by its start. A buffer's numbers that are not finite, an attention mask's say,
+    are the module's: the mean of two infinite ones is none.
     """
 
     def step(mine: Tensors, theirs: Tensors, done: Tensor | int) -> None:
@@ -158,6 +170,6 @@ def moving_average(module: nn.Module, decay: float) -> AveragedModel:
         else:  # counters are not averaged
             torch._foreach_copy_(mine, theirs)
 
-    average = AveragedModel(module, multi_avg_fn=step, use_buffers=True).requires_grad_(False)
+    average = _Average(module, multi_avg_fn=step, use_buffers=True).requires_grad_(False)
     average.n_averaged.fill_(1)  # 0 would take the first state as it is
     return average
