@@ -76,6 +76,16 @@ def test_the_cells_of_another_law_have_their_share_and_the_law_inside(law: Any) 
     torch.testing.assert_close(back[inside], z[inside], atol=1e-3, rtol=1e-2)
 
 
+def test_the_greatest_draws_of_a_law_lie_in_no_cell_of_weight_zero() -> None:
+    latents = Latents(3, exponential)
+    z = torch.tensor([[0.1, 0.2, 0.3], [99.0, 0.2, 99.0], [0.1, 99.0, 99.0]])
+
+    for weights in ([1.0, 0.0], [1.0, 1.0, 0.0], [0.5, 0.3, 0.2, 0.0]):
+        cell, inner = Code([1.0] * len(weights)).place(z, weights, latents)
+        assert not (cell == len(weights) - 1).any()
+        assert inner.isfinite().all()
+
+
 def test_a_code_cuts_neither_categories_nor_labels() -> None:
     latents = Latents(5, infogan, frequencies(4))
 

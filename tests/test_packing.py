@@ -168,11 +168,12 @@ def test_other_weights_come_back_bit_for_bit(tmp_path: Path):
         ((1e-7, 1.0, 1e-3), (1.0, 0.0, 1e-9)),
         ([1.0] * 40, [*range(40)]),  # deeper than the latent has coordinates
         ([2.0**-k for k in range(12)], [1.0] * 12),
+        ((1.0, 1.0), (1.0, 0.0)),  # Phi(9) is 1, where nothing lies to the right
     ],
 )
 def test_numpy_moves_latents_as_torch_does(shares: list[float], weights: list[float]):
     z = torch.randn(2000, 4, generator=torch.Generator().manual_seed(1))
-    z[0], z[1] = 7.0, -7.0
+    z[0], z[1], z[2] = 7.0, -7.0, 9.0
     code = Code(shares)
     expected = code.recode(z, weights).numpy()
     made = numpy_reader.recoded(z.numpy(), np.array(code.shares), np.array(weights, float))

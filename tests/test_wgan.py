@@ -334,6 +334,32 @@ def test_moving_average():
     torch.testing.assert_close(average.module.weight, before / 2)
 
 
+class Masked(Gaussian):
+    """A generator with a buffer that is infinite by half, and one that it counts its calls in."""
+
+    def __init__(self, each: float = 1.0) -> None:
+        super().__init__((0.0, 0.0))
+        self.each = each
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.calls += self.each
+        return super().forward(z) + self.mask.softmax(0)
+
+
+def test_an_infinite_buffer_stays_as_it_is():
+    trained = train_wgan(Masked(), [critic()], [resample(torch.ones(9, 2))], SHORT).generator
+
+    assert trained.mask.tolist() == [0.0, -torch.inf]
+    assert 0 < trained.calls < torch.inf  # averaged, as ever
+
+
+def test_a_buffer_that_becomes_no_number_is_said():
+    with pytest.raises(FloatingPointError, match="diverged"):
+        train_wgan(Masked(torch.nan), [critic()], [resample(torch.ones(9, 2))], SHORT)
+
+
 @pytest.mark.parametrize(
     ("real", "training"),
     [

@@ -80,7 +80,7 @@ class Code:
             inside = node >= 0
             at, here = node.clamp(min=0), free[depth % len(free)]
             column, p = u[:, here], ratio[at]
-            right = column >= p
+            right = (column >= p) & (p < 1)  # a number may be 1, where nothing lies to the right
             inner = torch.where(right, (column - p) / (1 - p), column / p)
             u[:, here] = torch.where(inside, inner, column)
             cut[:, here] |= inside

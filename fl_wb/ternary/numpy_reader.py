@@ -224,7 +224,7 @@ def recoded(z: Array, shares: Array, weights: Array) -> Array:
         for _, column in levels:
             at, inside = np.maximum(node, 0), node >= 0
             p, x = ratio[at], u[:, column]
-            right = x >= p
+            right = (x >= p) & (p < 1)
             u[:, column] = np.where(inside, np.where(right, (x - p) / (1 - p), x / p), x)
             cut[:, column] |= inside
             node = np.where(inside, children[at, right.astype(np.int64)], node)

@@ -156,7 +156,7 @@ def train_wgan(
     Raises
     ------
     FloatingPointError
-        If the generator's weights stop being finite.
+        If the generator's weights are not finite in the end, or its buffers no numbers.
     """
     loop = _Loop(generator, critics, reals, settings, latent_dim, seed, regularizer, critic_steps)
     if not (checkpoint and loop.state.resume(checkpoint)):
@@ -174,7 +174,9 @@ def train_wgan(
     for mine, given in zip(loop.ema.module.parameters(), generator.parameters(), strict=True):
         mine.requires_grad_(given.requires_grad)
     trained = Trained(loop.ema.module.eval(), loop.critics)
-    if not all(torch.isfinite(p).all() for p in trained.generator.parameters()):
+    buffers = zip(trained.generator.buffers(), generator.buffers(), strict=True)
+    ruined = any(mine.isnan().any() and not given.isnan().any() for mine, given in buffers)
+    if ruined or not all(torch.isfinite(p).all() for p in trained.generator.parameters()):
         raise FloatingPointError(
             "WGAN training diverged: the generator's weights are not finite; lower "
             f"generator_lr ({settings.generator_lr}) or critic_lr ({settings.critic_lr})"
