@@ -208,6 +208,16 @@ def test_who_left_weighs_in_a_fold_what_max_share_lets_it() -> None:
     assert folded.weight == pytest.approx(900 * (1 + 3 / 9))  # three times the mean of the others
 
 
+def test_whose_weight_is_a_lie_has_no_more_of_the_labels_of_a_fold() -> None:
+    kept = Uploads()
+    said = {n: 1e12 if n == 20 else 100.0 for n in range(11, 21)}
+    often = {n: (1.0, 0.0) if n == 20 else (0.5, 0.5) for n in said}
+    kept.put(1, {n: (said[n], f"{n}", seeded_state(n)) for n in said}, [], often)
+    assert kept.fold([], lambda parts: seeded_state(0)) == 10
+    (folded,) = kept.ordered()
+    assert folded.labels == pytest.approx((0.625, 0.375))  # it weighs a quarter of all
+
+
 def leave_after_the_first(nodes: int, **arguments: Any) -> AdaptiveCoalescence:
     """Run three rounds: these nodes in the first one, two others in the next."""
     app = ClientApp()

@@ -223,14 +223,15 @@ class Uploads:
         state = merge(parts)
         if state is None:
             return 0
+        weights = bounded(parts, max_share)
         self._folded = replace(
             parts[-1],
             key=FOLDED,
             place=-1,
-            weight=_together(parts, max_share),
+            weight=_together(parts, weights),
             digest=digest(state),
             nodes=sum(part.nodes for part in parts),
-            labels=mixed([(part.weight, part.labels) for part in parts]),
+            labels=mixed(list(zip(weights, [part.labels for part in parts], strict=True))),
             mean="",
         )
         for node in gone:
@@ -263,9 +264,8 @@ def bounded(uploads: Sequence[Upload], max_share: float) -> list[float]:
     return bounded_weights(said, max_share, nodes)
 
 
-def _together(parts: Sequence[Upload], max_share: float) -> float:
-    """Return what uploads weigh together, by the word of those that are not bounded."""
-    weights = bounded(parts, max_share)
+def _together(parts: Sequence[Upload], weights: Sequence[float]) -> float:
+    """Return what uploads, bounded to weights, weigh together: by the word of who is not cut."""
     taken = (part.weight / mine for part, mine in zip(parts, weights, strict=True) if mine)
     return min(min(taken) * math.fsum(weights), sys.float_info.max / 2)
 
