@@ -150,6 +150,6 @@ def test_what_is_kept_is_counted_once_however_many_rounds(monkeypatch: pytest.Mo
     for number in range(1, 6):
         sent = {node: (1.0, f"{node} {number}", one) for node in (1, 2)}
         kept.put(number, sent, [1, 2], means={1: one, 2: one})
-    assert kept._states.folder is None
+    assert kept._on_disk is None
     kept.put(6, {3: (1.0, "3", one)}, [3], means={3: one})
-    assert kept._states.folder is not None
+    assert kept._on_disk is not None

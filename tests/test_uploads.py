@@ -179,15 +179,37 @@ def test_many_bytes_go_to_disk_and_come_back(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(uploads_module, "MEMORY", 10)  # two numbers of four bytes, not three
     kept = Uploads()
     put(kept, {1: 1.0, 2: 1.0})
-    assert kept._states.folder is None
+    assert kept._on_disk is None
     put(kept, {3: 1.0})
-    assert kept._states.folder is not None
+    assert kept._on_disk is not None and kept._on_disk.get("3") is not None
+    assert kept._states.get("3") is None and kept._on_disk.get("1") is None
     for upload in kept.ordered():
         assert kept.state(upload)["name"] == float(upload.key)
-    folder = kept._states.folder
+    folder = kept._on_disk.folder
+    kept.drop(3)
+    assert kept._on_disk.get("3") is None
     del kept
     gc.collect()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("refuses", ["files", "the folder"])
+def test_a_full_disk_costs_no_upload(
+    refuses: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    at = {"files": "persistence.stage_store.save_tensors"}.get(
+        refuses, "federation.uploads.tempfile.TemporaryDirectory"
+    )
+    monkeypatch.setattr(f"fl_wb.{at}", full)
+    monkeypatch.setattr(uploads_module, "MEMORY", 10)
+    kept = Uploads()
+    put(kept, dict.fromkeys(range(1, 6), 1.0))
+    put(kept, {5: 2.0}, server_round=2)
+    assert [float(kept.state(upload)["name"]) for upload in kept.ordered()] == [1, 2, 3, 4, 5]
+    assert "No space left" in caplog.text
 
 
 def test_what_counts_as_a_change() -> None:

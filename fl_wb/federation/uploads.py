@@ -7,6 +7,7 @@ generators themselves.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from fl_wb.generators.latents import mixed
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
+
+log = logging.getLogger("flwr")
 
 KEPT = 8  # generators of nodes that left are kept apart, at least: some nodes come back
 MEMORY = 1 << 30  # bytes of uploads; more of them are kept on disk
@@ -77,8 +80,9 @@ class Uploads:
         self._folded: Upload | None = None
         self.changed = False  # since its owner last said that it is not
         self._states = StageStore()
-        self._bytes: dict[str, int] = {}  # of what is kept, by its key
+        self._bytes: dict[str, int] = {}  # of what is in memory, by its key
         self._total = 0
+        self._on_disk: StageStore | None = None  # what does not fit into memory
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __len__(self) -> int:
@@ -108,8 +112,10 @@ class Uploads:
 
     def _found(self, key: str) -> State:
         found = self._states.get(key)
+        if found is None and self._on_disk is not None:
+            found = self._on_disk.get(key)
         if found is None:
-            raise FileNotFoundError(f"the upload {key} is gone from {self._states.folder}")
+            raise FileNotFoundError(f"the upload {key} is gone from {self._folder}")
         return found
 
     def all(self) -> dict[str, Upload]:
@@ -240,22 +246,30 @@ class Uploads:
         return len(gone)
 
     def _keep(self, key: str, state: State) -> None:
+        self._let_go(key)
         size = sum(value.numel() * value.element_size() for value in state.values())
-        self._total += size - self._bytes.get(key, 0)
+        if self._total + size > MEMORY and self._saved(key, state):
+            return
+        self._states.put(key, state)  # also what the disk refused: a model is made of it
         self._bytes[key] = size
-        if self._total > MEMORY and self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="fl-wb-uploads-")
-            on_disk = StageStore(Path(self._folder.name))
-            for upload in self.ordered():
-                for old in (upload.key, _mean_key(upload)):
-                    if (found := self._states.get(old)) is not None:
-                        on_disk.put(old, found)
-            self._states = on_disk
-        self._states.put(key, state)
+        self._total += size
+
+    def _saved(self, key: str, state: State) -> bool:
+        """Keep what does not fit into memory on disk, if that can be done."""
+        if self._on_disk is None:
+            try:
+                self._folder = tempfile.TemporaryDirectory(prefix="fl-wb-uploads-")
+            except OSError as error:
+                log.warning("uploads beyond %d bytes stay in memory: %s", MEMORY, error)
+                return False
+            self._on_disk = StageStore(Path(self._folder.name))
+        return self._on_disk.put(key, state)
 
     def _let_go(self, key: str) -> None:
         self._total -= self._bytes.pop(key, 0)
         self._states.drop(key)
+        if self._on_disk is not None:
+            self._on_disk.drop(key)
 
 
 def bounded(uploads: Sequence[Upload], max_share: float) -> list[float]:

@@ -55,16 +55,21 @@ class StageStore:
 
     def put(
         self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-    ) -> None:
-        """Save an entry. A disk that refuses costs the entry, with a warning, not the run."""
+    ) -> bool:
+        """Save an entry. A disk that refuses costs the entry, with a warning, not the run.
+
+        Returns whether it was saved.
+        """
         self._used.add(key)
         if self.folder is None:
             self._memory[key] = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-            return
+            return True
         try:
             save_tensors(self._path(key), tensors, metadata)
         except OSError as error:
-            log.warning("The barycenter's stage %s could not be saved: %s", key[:12], error)
+            log.warning("%s could not be saved in %s: %s", key[:12], self.folder, error)
+            return False
+        return True
 
     def drop(self, key: str) -> None:
         """Forget an entry."""
