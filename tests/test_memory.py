@@ -132,6 +132,31 @@ def test_a_memory_that_does_not_fit_is_set_aside(
     assert reason in caplog.text
 
 
+@pytest.mark.parametrize("what", ["barycenter", "upload"])
+def test_a_damaged_file_costs_itself_alone_and_is_written_anew(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Prepare
+    first = session(tmp_path, [11, 12])
+    index = json.loads((tmp_path / "nodes" / "index.json").read_text())
+    name = index["merged"] if what == "barycenter" else index["uploads"]["11"]["file"]
+    path = tmp_path / "nodes" / f"{name}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    # Execute
+    again = session(tmp_path, [12] if what == "barycenter" else [11, 12])
+
+    # Assert
+    assert merged(again) == 2
+    if what == "barycenter":  # of the same uploads, in the same order
+        assert same(first.arrays, again.arrays)
+    assert path.read_bytes() == whole and path.with_suffix(".damaged").is_file()
+    caplog.clear()
+    assert merged(session(tmp_path, [13])) == 3
+    assert "left out" not in caplog.text and "anew" not in caplog.text
+
+
 def test_rounds_count_on_and_a_fold_comes_back(tmp_path: Path) -> None:
     kept, states = Uploads(), {k: {"a": torch.tensor(float(k))} for k in range(12)}
     memory = Memory(tmp_path, states[0])

@@ -93,9 +93,9 @@ class Memory:
             index = json.loads((self.folder / INDEX).read_bytes())
             if (index["version"], index["model"]) != (VERSION, self._model):
                 raise ValueError("it is of another model or version")
-            merged = None if index["merged"] is None else self._read(index["merged"])
             shares = [float(share) for share in index.get("shares", [])]
-            named, found = {str(index["merged"] or "")}, {}
+            barycenter = str(index["merged"] or "")
+            named, found = {barycenter}, {}
             for key, entry in index["uploads"].items():
                 file = str(entry.pop("file"))
                 named |= {file, str(entry.get("mean", ""))}
@@ -110,6 +110,13 @@ class Memory:
             return uploads, None
         self.shares = shares if len(shares) == len(found) else []
         lost, self._named = False, named - {""}
+        merged = None
+        if barycenter:
+            try:
+                merged = self._read(barycenter)
+            except (OSError, ValueError) as error:
+                log.warning("the barycenter in %s is made anew: %s", self.folder, error)
+                lost = True
         for key, (upload, file) in found.items():
             try:
                 state = self._read(file)
@@ -139,7 +146,13 @@ class Memory:
         return name
 
     def _read(self, name: str) -> State:
-        found, _ = load_tensors(self.folder / f"{name}.safetensors")
-        if digest(found) != name:
-            raise StorageError(f"{name[:12]} in {self.folder} holds other arrays")
+        path = self.folder / f"{name}.safetensors"
+        try:
+            found, _ = load_tensors(path)
+            if digest(found) != name:
+                raise StorageError(f"{name[:12]} in {self.folder} holds other arrays")
+        except StorageError:
+            with suppress(OSError):  # out of the way of `_write`, which writes what is missing
+                path.replace(path.with_suffix(".damaged"))
+            raise
         return found
