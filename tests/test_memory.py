@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,14 +158,61 @@ def test_a_damaged_file_costs_itself_alone_and_is_written_anew(
     assert "left out" not in caplog.text and "anew" not in caplog.text
 
 
+def drawn(n: int, rng: torch.Generator) -> torch.Tensor:
+    return torch.rand(n, 4, generator=rng)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 7},
+        {"stage": replace(STAGE, geodesic="displacement"), "fan_in": 2},
+        {"fan_in": 2},
+        {"max_share": 1.0},
+        {"latents": drawn},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_other_settings_make_the_barycenter_of_the_same_uploads_anew(
+    other: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = ClientApp()
+    uploads(app, {11: 20.0})
+    evaluates(app)
+
+    # Execute: the second run hears of one of the nodes alone
+    run(app, [11, 12, 13], store=tmp_path)
+    changed = run(app, [12], store=tmp_path, **other)
+    again = run(app, [12], store=tmp_path, **other)
+
+    # Assert
+    assert same(changed.arrays, run(app, [11, 12, 13], **other).arrays)
+    assert caplog.text.count("is made anew: it is of other settings") == 1
+    assert merged(changed) == 3 and same(changed.arrays, again.arrays)
+
+
+def test_a_budget_is_no_other_setting_and_an_index_that_says_none_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session(tmp_path, [11, 12])
+    session(tmp_path, [11, 12], budget=1e6)
+    assert "made anew" not in caplog.text
+    path = tmp_path / "nodes" / "index.json"
+    index = json.loads(path.read_text())
+    del index["settings"]
+    path.write_text(json.dumps(index))
+    session(tmp_path, [11, 12])
+    assert "is made anew: it is of other settings" in caplog.text
+
+
 def test_rounds_count_on_and_a_fold_comes_back(tmp_path: Path) -> None:
     kept, states = Uploads(), {k: {"a": torch.tensor(float(k))} for k in range(12)}
-    memory = Memory(tmp_path, states[0])
+    memory = Memory(tmp_path, states[0], {})
     kept.put(5, {k: (k + 1.0, f"digest {k}", state) for k, state in states.items()})
     kept.fold([0, 1], lambda parts: {"a": torch.tensor(-1.0)})
     memory.save(kept, {"a": torch.tensor(7.0)}, 6)
 
-    found, barycenter = Memory(tmp_path, states[0]).load()
+    found, barycenter = Memory(tmp_path, states[0], {}).load()
 
     assert barycenter is not None and float(barycenter["a"]) == 7.0
     assert len(found) == 12 and found.changed

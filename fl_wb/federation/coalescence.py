@@ -74,7 +74,8 @@ class Coalescence:
         self._last: tuple[list[float], list[str]] = ([], [])  # merged: their weights and keys
         self._memory: Memory | None = None
         if (folder := merger.store.folder) is not None:
-            self._memory = Memory(folder / "nodes", model.all)
+            settings = {**merger.settings, "max_share": float(max_share)}
+            self._memory = Memory(folder / "nodes", model.all, settings)
             self.uploads, self._merged = self._memory.load()
             if nodes := len(self.uploads):
                 log(INFO, "Taken up: the generators of %d nodes in %s", nodes, folder)

@@ -7,6 +7,7 @@ whole of one round's end or of the one before.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -40,10 +41,16 @@ class Memory:
         Made when needed.
     model : mapping of str to Tensor
         An upload's arrays: what is kept of a model of other names, shapes or types is no use.
+    settings : mapping
+        Of the merge, as JSON has them: a barycenter of others is made anew of the same uploads.
     """
 
-    def __init__(self, folder: Path, model: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, folder: Path, model: Mapping[str, Tensor], settings: Mapping[str, object]
+    ) -> None:
         self.folder = folder
+        said = json.dumps(settings, sort_keys=True, default=str)
+        self._settings = hashlib.sha256(said.encode()).hexdigest()
         self._model = {
             name: [str(value.dtype), list(value.shape)] for name, value in sorted(model.items())
         }
@@ -64,6 +71,7 @@ class Memory:
             index = {
                 "version": VERSION,
                 "model": self._model,
+                "settings": self._settings,
                 "round": server_round,
                 "changed": uploads.changed,
                 "uploads": {
@@ -109,14 +117,9 @@ class Memory:
             log.warning("the server's memory in %s is set aside: %s", self.folder, error)
             return uploads, None
         self.shares = shares if len(shares) == len(found) else []
-        lost, self._named = False, named - {""}
-        merged = None
-        if barycenter:
-            try:
-                merged = self._read(barycenter)
-            except (OSError, ValueError) as error:
-                log.warning("the barycenter in %s is made anew: %s", self.folder, error)
-                lost = True
+        self._named = named - {""}
+        merged = self._barycenter(barycenter, index.get("settings"))
+        lost = merged is None and bool(barycenter)
         for key, (upload, file) in found.items():
             try:
                 state = self._read(file)
@@ -129,6 +132,18 @@ class Memory:
                 self._files[upload] = file
         uploads.changed = lost or bool(index["changed"])
         return uploads, merged
+
+    def _barycenter(self, name: str, settings: object) -> State | None:
+        """Return the barycenter of this name, if it can be read and has our settings."""
+        if not name:
+            return None
+        try:
+            if settings != self._settings:
+                raise ValueError("it is of other settings")
+            return self._read(name)
+        except (OSError, ValueError) as error:
+            log.warning("the barycenter in %s is made anew: %s", self.folder, error)
+            return None
 
     def _file_of(self, uploads: Uploads, upload: Upload) -> str:
         """Return the file of what a node sent; what is merged in its place has the mean's name."""
