@@ -113,12 +113,23 @@ def test_between_two_runs_a_node_is_forgotten_for_good(when: str, tmp_path: Path
     start(first, grid_of(app(evaluates), 1, 2, 3))
     then = strategy(store=tmp_path)
 
+    (made,) = (tmp_path / "stages").iterdir()
+
     # Execute
     (first if when == "after" else then).forget(2)
 
     # Assert
     again = start(then, grid_of(app(evaluates), 1, 3))
+    assert not made.exists()
     assert same(again.arrays, merged_of(1, 3))
+
+
+def test_nothing_of_it_is_on_disk_as_soon_as_it_is_forgotten(tmp_path: Path):
+    run = strategy(store=tmp_path)
+    start(run, grid_of(app(evaluates), 1, 2, 3))
+    run.forget(2)
+    assert not list((tmp_path / "stages").iterdir())
+    assert len(list((tmp_path / "nodes").glob("*.safetensors"))) == 2
 
 
 def test_a_node_that_leaves_may_ask_for_it(tmp_path: Path):

@@ -228,6 +228,16 @@ def test_the_folder_holds_what_the_index_names_and_no_more(tmp_path: Path) -> No
     assert len(list((tmp_path / "nodes").iterdir())) == 5 + 1 + 1
 
 
+def test_stages_of_a_run_that_ended_go_with_the_next_one_s_merge(tmp_path: Path) -> None:
+    foreign = tmp_path / "stages" / f"{'0' * 64}.safetensors"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"somebody's")
+    for nodes in SESSIONS:
+        session(tmp_path, nodes)
+        assert len(list(foreign.parent.iterdir())) == 1 + 1
+    assert foreign.read_bytes() == b"somebody's"
+
+
 def test_a_second_run_in_one_store_is_refused(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(InUseError, match="in use by another run"):
         session(tmp_path, [11])

@@ -77,6 +77,7 @@ class Coalescence:
             settings = {**merger.settings, "max_share": float(max_share)}
             self._memory = Memory(folder / "nodes", model.all, settings)
             self.uploads, self._merged = self._memory.load()
+            merger.store.claim(self._memory.stages)  # else nobody would ever delete them
             if nodes := len(self.uploads):
                 log(INFO, "Taken up: the generators of %d nodes in %s", nodes, folder)
 
@@ -122,7 +123,9 @@ class Coalescence:
         self._afresh = True
         if upload.key in self._cells and len(self.forgotten) + 1 < len(self.shares):
             self.forgotten.append(self._cells.index(upload.key))
-        self.save(self._round)  # at once: a server that is killed now must not remember it
+        # at once: a server that is killed now must not remember it, in a stage's result neither
+        self._merger.store.keep_only(())
+        self.save(self._round)
         log(INFO, "forgot node %d", node_id)
 
     @property
@@ -139,7 +142,8 @@ class Coalescence:
         self._round = server_round
         if self._memory is not None:
             merged = None if self._afresh else self._merged
-            self._memory.save(self.uploads, merged, server_round, self.shares)
+            stages = self._merger.store.own
+            self._memory.save(self.uploads, merged, server_round, self.shares, stages)
 
     def own(self, node_id: int) -> ArrayRecord | None:
         """Return the last model that a node sent, or None."""

@@ -55,6 +55,7 @@ class Memory:
             name: [str(value.dtype), list(value.shape)] for name, value in sorted(model.items())
         }
         self.shares: list[float] = []  # of the barycenter that `load` found
+        self.stages: list[str] = []  # keys of the stages that were made for it, among others
         self._files: dict[Upload, str] = {}  # that are on disk
         self._named = set[str]()  # by the index, which is to say ours
 
@@ -64,6 +65,7 @@ class Memory:
         merged: State | None,
         server_round: int,
         shares: Sequence[float] = (),
+        stages: Sequence[str] = (),
     ) -> None:
         """Keep a round's end. A disk that refuses costs the memory, with a warning, not the run."""
         try:
@@ -80,6 +82,7 @@ class Memory:
                 },
                 "merged": None if merged is None else self._write(merged),
                 "shares": list(shares),
+                "stages": list(stages),
             }
             write_atomic(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
             self._files = {upload: kept[key] for key, upload in uploads.all().items()}
@@ -102,6 +105,7 @@ class Memory:
             if (index["version"], index["model"]) != (VERSION, self._model):
                 raise ValueError("it is of another model or version")
             shares = [float(share) for share in index.get("shares", [])]
+            stages = [str(key) for key in index.get("stages", [])]
             barycenter = str(index["merged"] or "")
             named, found = {barycenter}, {}
             for key, entry in index["uploads"].items():
@@ -116,7 +120,7 @@ class Memory:
                 (self.folder / INDEX).replace(self.folder / "index.damaged")
             log.warning("the server's memory in %s is set aside: %s", self.folder, error)
             return uploads, None
-        self.shares = shares if len(shares) == len(found) else []
+        self.shares, self.stages = shares if len(shares) == len(found) else [], stages
         self._named = named - {""}
         merged = self._barycenter(barycenter, index.get("settings"))
         lost = merged is None and bool(barycenter)
