@@ -221,6 +221,24 @@ def test_what_counts_as_a_change() -> None:
         assert kept.changed is changed
 
 
+def test_who_was_merged_leaves_a_trace_until_a_merge_from_scratch() -> None:
+    kept = Uploads()
+    put(kept, {1: 1.0, 2: 1.0, 3: 1.0})
+    kept.leave_out(1)  # before anything was merged
+    kept.merged(afresh=True)
+    assert not kept.forget(1) and not kept.changed
+
+    put(kept, {2: 2.0}, server_round=2)
+    kept.leave_out(2)
+    kept.leave_out(3)
+    kept.merged(afresh=False)
+    assert kept.traces == {2, 3}
+    assert kept.forget(2) and kept.changed and not kept.forget(2)
+
+    kept.merged(afresh=True)
+    assert not kept.traces and not kept.forget(3)
+
+
 def test_who_left_weighs_in_a_fold_what_max_share_lets_it() -> None:
     kept = Uploads()
     said = {n: 1e12 if n == 20 else 100.0 for n in range(11, 21)}

@@ -83,6 +83,7 @@ class Memory:
                 "merged": None if merged is None else self._write(merged),
                 "shares": list(shares),
                 "stages": list(stages),
+                "traces": sorted(uploads.traces),
             }
             write_atomic(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
             self._files = {upload: kept[key] for key, upload in uploads.all().items()}
@@ -106,6 +107,7 @@ class Memory:
                 raise ValueError("it is of another model or version")
             shares = [float(share) for share in index.get("shares", [])]
             stages = [str(key) for key in index.get("stages", [])]
+            traces = {int(node) for node in index.get("traces", [])}
             barycenter = str(index["merged"] or "")
             named, found = {barycenter}, {}
             for key, entry in index["uploads"].items():
@@ -124,6 +126,7 @@ class Memory:
         self._named = named - {""}
         merged = self._barycenter(barycenter, index.get("settings"))
         lost = merged is None and bool(barycenter)
+        uploads.traces = traces
         for key, (upload, file) in found.items():
             try:
                 state = self._read(file)
@@ -131,6 +134,8 @@ class Memory:
             except (OSError, ValueError) as error:
                 log.warning("the upload of node %s is left out: %s", key, error)
                 lost = True
+                if key != FOLDED and upload.in_model:
+                    uploads.traces.add(int(key))
             else:
                 uploads.restore(None if key == FOLDED else int(key), upload, state, mean)
                 self._files[upload] = file

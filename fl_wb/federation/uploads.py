@@ -55,6 +55,8 @@ class Upload:
         How often its data has each label, of sum 1; empty if it does not say.
     mean
         Digest of the generator that is merged in place of the one it sent; empty if that one is.
+    in_model
+        Whether the barycenter descends from something that the node sent.
     """
 
     key: str
@@ -65,6 +67,7 @@ class Upload:
     nodes: int = 1
     labels: tuple[float, ...] = ()
     mean: str = ""
+    in_model: bool = False
 
     @property
     def merged(self) -> str:
@@ -73,12 +76,21 @@ class Upload:
 
 
 class Uploads:
-    """The uploads of which the model is made; at most twice as many as there are nodes."""
+    """The uploads of which the model is made; at most twice as many as there are nodes.
+
+    Attributes
+    ----------
+    changed
+        Whether there is something new to merge since its owner last said that there is not.
+    traces
+        Nodes from whose uploads the barycenter descends, though they do not count any more.
+    """
 
     def __init__(self) -> None:
         self._of: dict[int, Upload] = {}
         self._folded: Upload | None = None
-        self.changed = False  # since its owner last said that it is not
+        self.changed = False
+        self.traces: set[int] = set()
         self._states = StageStore()
         self._bytes: dict[str, int] = {}  # of what is in memory, by its key
         self._total = 0
@@ -169,6 +181,7 @@ class Uploads:
                 name,
                 labels=often,
                 mean=digest(mean) if mean else "",
+                in_model=before is not None and before.in_model,
             )
             self.changed |= before is None or replace(before, round=now.round, key=now.key) != now
             self._of[node] = now
@@ -205,6 +218,28 @@ class Uploads:
         if (upload := self._of.pop(node_id, None)) is not None:
             self._drop_states(upload)
             self.changed = True
+
+    def leave_out(self, node_id: int) -> None:
+        """Drop an upload that does not count, and keep its trace if it was merged."""
+        if (upload := self._of.get(node_id)) is not None and upload.in_model:
+            self.traces.add(node_id)
+        self.drop(node_id)
+
+    def forget(self, node_id: int) -> bool:
+        """Drop all that there is of a node alone; False if there is nothing."""
+        if node_id not in self._of and node_id not in self.traces:
+            return False
+        self.drop(node_id)
+        self.traces.discard(node_id)
+        self.changed = True
+        return True
+
+    def merged(self, *, afresh: bool) -> None:
+        """Take note that all uploads were merged; afresh: and what was merged before was not."""
+        self._of = {node: replace(upload, in_model=True) for node, upload in self._of.items()}
+        self.changed = False
+        if afresh:
+            self.traces.clear()
 
     def _drop_states(self, upload: Upload) -> None:
         for key in (upload.key, _mean_key(upload)):
