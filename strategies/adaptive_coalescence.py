@@ -93,7 +93,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         Called after each merge with the state dict of the whole model, the generator merged, the
         rest averaged; returns a state dict in which the rest was fitted to the new generator (see
         `fl_wb.training.encoder.fit_encoder`). What it makes of the generator's own arrays is
-        ignored.
+        ignored. Where it raises or diverges, the rest stays averaged, with a warning.
     stage : Stage, optional
         Settings of one merge; see `fl_wb.barycenter.Stage`.
     geodesic, iterations, budget, fan_in, executor : optional
