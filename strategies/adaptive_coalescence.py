@@ -109,8 +109,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     store : StageStore or path, optional
         Folder of finished and interrupted stages, and of the nodes' uploads at the end of each
         round: a server that was killed takes up from there, and one that ended is extended by the
-        next `start` with the same model. One run at a time may use it. By default all of it lives
-        in memory.
+        next `start` with the same model; with other settings of the merge, its barycenter is made
+        anew of these uploads. One run at a time may use it. By default all of it lives in memory.
     device : str
         Where stages are trained, e.g. "cuda".
     patience : int, optional
