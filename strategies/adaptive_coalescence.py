@@ -94,7 +94,7 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
         Called after each merge with the state dict of the whole model, the generator merged, the
         rest averaged; returns a state dict in which the rest was fitted to the new generator (see
         `fl_wb.training.encoder.fit_encoder`). What it makes of the generator's own arrays is
-        ignored.
+        ignored. Where it raises or diverges, the rest stays averaged, with a warning.
     stage : Stage, optional
         Settings of one merge; see `fl_wb.barycenter.Stage`.
     geodesic, iterations, budget, fan_in, executor : optional
@@ -110,8 +110,8 @@ weighted_by_key, arrayrecord_key, configrecord_key, train_metrics_aggr_fn, evalu
     store : StageStore or path, optional
         Folder of finished and interrupted stages, and of the nodes' uploads at the end of each
         round: a server that was killed takes up from there, and one that ended is extended by the
-        next `start` with the same model. One run at a time may use it. By default all of it lives
-        in memory.
+        next `start` with the same model; with other settings of the merge, its barycenter is made
+        anew of these uploads. One run at a time may use it. By default all of it lives in memory.
     device : str
         Where stages are trained, e.g. "cuda".
     screening : float, optional

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from fl_wb.messages import keys
 from fl_wb.testing.in_process_grid import InProcessGrid
 from tests.test_adaptive_coalescence import app, same, start, strategy
 from tests.test_weights_fit import CENTRES, LINE, SHARES, draws
-from tests.toys import evaluates
+from tests.toys import evaluates, initial_arrays
 
 
 @pytest.mark.parametrize("method", WEIGHTS)
@@ -113,12 +114,59 @@ def test_between_two_runs_a_node_is_forgotten_for_good(when: str, tmp_path: Path
     start(first, grid_of(app(evaluates), 1, 2, 3))
     then = strategy(store=tmp_path)
 
+    (made,) = (tmp_path / "stages").iterdir()
+
     # Execute
     (first if when == "after" else then).forget(2)
 
     # Assert
     again = start(then, grid_of(app(evaluates), 1, 3))
+    assert not made.exists()
     assert same(again.arrays, merged_of(1, 3))
+
+
+def test_nothing_of_it_is_on_disk_as_soon_as_it_is_forgotten(tmp_path: Path):
+    run = strategy(store=tmp_path)
+    start(run, grid_of(app(evaluates), 1, 2, 3))
+    run.forget(2)
+    assert not list((tmp_path / "stages").iterdir())
+    assert len(list((tmp_path / "nodes").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_who_counts_no_more_is_forgotten_as_well(restarted: bool, tmp_path: Path):
+    # Prepare: the second merge is without node 2, and starts at the first one's barycenter
+    weights = {3: 1.0}  # node 3 is the first in both merges, and stays it as the heaviest
+    there = app(evaluates, weights=weights)
+    grid, run = grid_of(there, 1, 2, 3), strategy(store=tmp_path, max_age=0)
+
+    def leave(server_round: int, arrays: ArrayRecord) -> None:
+        if server_round == 1:
+            del grid.nodes[2]
+            weights[3] = 2.0
+
+    arguments = {"initial_arrays": initial_arrays(), "num_rounds": 2, "evaluate_fn": leave}
+    result = run.start(grid=grid, **arguments)
+    without = start(strategy(), grid_of(there, 1, 3)).arrays
+    assert set(run.cells) == {1, 3} and not same(result.arrays, without)
+
+    # Execute
+    if restarted:
+        run = strategy(store=tmp_path, max_age=0)
+    run.forget(2)
+
+    # Assert
+    found = start(run, grid).arrays if restarted else run._coalescence.merged(2, [1, 3])
+    assert found is not None and same(found, without)
+
+
+def test_a_node_whose_upload_was_lost_is_forgotten_as_well(tmp_path: Path):
+    start(strategy(store=tmp_path), grid_of(app(evaluates), 1, 2, 3))
+    index = json.loads((tmp_path / "nodes" / "index.json").read_text())
+    (tmp_path / "nodes" / f"{index['uploads']['2']['file']}.safetensors").unlink()
+    run = strategy(store=tmp_path)
+    run.forget(2)
+    assert same(start(run, grid_of(app(evaluates), 1, 3)).arrays, merged_of(1, 3))
 
 
 def test_a_node_that_leaves_may_ask_for_it(tmp_path: Path):

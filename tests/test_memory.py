@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,86 @@ def test_a_memory_that_does_not_fit_is_set_aside(
     assert reason in caplog.text
 
 
+@pytest.mark.parametrize("what", ["barycenter", "upload"])
+def test_a_damaged_file_costs_itself_alone_and_is_written_anew(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Prepare
+    first = session(tmp_path, [11, 12])
+    index = json.loads((tmp_path / "nodes" / "index.json").read_text())
+    name = index["merged"] if what == "barycenter" else index["uploads"]["11"]["file"]
+    path = tmp_path / "nodes" / f"{name}.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    # Execute
+    again = session(tmp_path, [12] if what == "barycenter" else [11, 12])
+
+    # Assert
+    assert merged(again) == 2
+    if what == "barycenter":  # of the same uploads, in the same order
+        assert same(first.arrays, again.arrays)
+    assert path.read_bytes() == whole and path.with_suffix(".damaged").is_file()
+    caplog.clear()
+    assert merged(session(tmp_path, [13])) == 3
+    assert "left out" not in caplog.text and "anew" not in caplog.text
+
+
+def drawn(n: int, rng: torch.Generator) -> torch.Tensor:
+    return torch.rand(n, 4, generator=rng)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"seed": 7},
+        {"stage": replace(STAGE, geodesic="displacement"), "fan_in": 2},
+        {"fan_in": 2},
+        {"max_share": 1.0},
+        {"latents": drawn},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_other_settings_make_the_barycenter_of_the_same_uploads_anew(
+    other: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = ClientApp()
+    uploads(app, {11: 20.0})
+    evaluates(app)
+
+    # Execute: the second run hears of one of the nodes alone
+    run(app, [11, 12, 13], store=tmp_path)
+    changed = run(app, [12], store=tmp_path, **other)
+    again = run(app, [12], store=tmp_path, **other)
+
+    # Assert
+    assert same(changed.arrays, run(app, [11, 12, 13], **other).arrays)
+    assert caplog.text.count("is made anew: it is of other settings") == 1
+    assert merged(changed) == 3 and same(changed.arrays, again.arrays)
+
+
+def test_a_budget_is_no_other_setting_and_an_index_that_says_none_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session(tmp_path, [11, 12])
+    session(tmp_path, [11, 12], budget=1e6)
+    assert "made anew" not in caplog.text
+    path = tmp_path / "nodes" / "index.json"
+    index = json.loads(path.read_text())
+    del index["settings"]
+    path.write_text(json.dumps(index))
+    session(tmp_path, [11, 12])
+    assert "is made anew: it is of other settings" in caplog.text
+
+
 def test_rounds_count_on_and_a_fold_comes_back(tmp_path: Path) -> None:
     kept, states = Uploads(), {k: {"a": torch.tensor(float(k))} for k in range(12)}
-    memory = Memory(tmp_path, states[0])
+    memory = Memory(tmp_path, states[0], {})
     kept.put(5, {k: (k + 1.0, f"digest {k}", state) for k, state in states.items()})
     kept.fold([0, 1], lambda parts: {"a": torch.tensor(-1.0)})
     memory.save(kept, {"a": torch.tensor(7.0)}, 6)
 
-    found, barycenter = Memory(tmp_path, states[0]).load()
+    found, barycenter = Memory(tmp_path, states[0], {}).load()
 
     assert barycenter is not None and float(barycenter["a"]) == 7.0
     assert len(found) == 12 and found.changed
@@ -153,6 +226,16 @@ def test_the_folder_holds_what_the_index_names_and_no_more(tmp_path: Path) -> No
         session(tmp_path, nodes)
     assert len(list((tmp_path / "nodes").glob("*.safetensors"))) == 5 + 1
     assert len(list((tmp_path / "nodes").iterdir())) == 5 + 1 + 1
+
+
+def test_stages_of_a_run_that_ended_go_with_the_next_one_s_merge(tmp_path: Path) -> None:
+    foreign = tmp_path / "stages" / f"{'0' * 64}.safetensors"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"somebody's")
+    for nodes in SESSIONS:
+        session(tmp_path, nodes)
+        assert len(list(foreign.parent.iterdir())) == 1 + 1
+    assert foreign.read_bytes() == b"somebody's"
 
 
 def test_a_second_run_in_one_store_is_refused(tmp_path: Path) -> None:

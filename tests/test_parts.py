@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,27 @@ def test_the_rest_is_refit_to_the_merged_part() -> None:
         assert np.array_equal(seen[0][name].numpy(), value.numpy()), name
         expected = value.numpy() if name.startswith(KEYS) else np.full_like(value.numpy(), 7)
         assert np.array_equal(found[name].numpy(), expected), name
+
+
+def raises(state: State) -> State:
+    raise FloatingPointError("the encoder diverged")
+
+
+def diverges(state: State) -> State:
+    return {n: value / 0 if value.is_floating_point() else value for n, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("refit", "why"), [(raises, "FloatingPointError: the encoder"), (diverges, "not finite")]
+)
+def test_a_refit_that_fails_costs_itself_and_not_the_run(
+    refit: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, averaged = start(strategy(refit=refit)), start(strategy())
+    assert list(found) == list(averaged)
+    for name, value in averaged.items():
+        assert np.array_equal(found[name].numpy(), value.numpy()), name
+    assert re.search(rf"aggregate_train: refit failed \(.*{why}.*\): the averaged", caplog.text)
 
 
 def test_a_refit_that_returns_something_else_is_named() -> None:

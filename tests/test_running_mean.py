@@ -119,7 +119,7 @@ def test_a_mean_is_kept_on_disk_and_what_is_lost_of_it_costs_the_upload(tmp_path
     run(SENT, tmp_path)
     model = dict(Scaled().state_dict())
 
-    uploads, _ = Memory(tmp_path / "nodes", model).load()
+    uploads, _ = Memory(tmp_path / "nodes", model, {}).load()
     means = {node: uploads.mean(upload) for node, upload in uploads.of_nodes().items()}
     assert {node: float(mean["scale"]) for node, mean in means.items() if mean} == pytest.approx(
         {11: 1.0, 12: -1.05, 13: 1.2, 14: 1.1}
@@ -127,7 +127,7 @@ def test_a_mean_is_kept_on_disk_and_what_is_lost_of_it_costs_the_upload(tmp_path
 
     lost = uploads.of_nodes()[11]
     (tmp_path / "nodes" / f"{lost.mean}.safetensors").unlink()
-    found, _ = Memory(tmp_path / "nodes", model).load()
+    found, _ = Memory(tmp_path / "nodes", model, {}).load()
     assert sorted(found.of_nodes()) == [12, 13, 14] and found.changed
 
 
@@ -150,6 +150,6 @@ def test_what_is_kept_is_counted_once_however_many_rounds(monkeypatch: pytest.Mo
     for number in range(1, 6):
         sent = {node: (1.0, f"{node} {number}", one) for node in (1, 2)}
         kept.put(number, sent, [1, 2], means={1: one, 2: one})
-    assert kept._states.folder is None
+    assert kept._on_disk is None
     kept.put(6, {3: (1.0, "3", one)}, [3], means={3: one})
-    assert kept._states.folder is not None
+    assert kept._on_disk is not None

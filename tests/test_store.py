@@ -359,6 +359,16 @@ def test_keep_only(empty: StageStore):
     assert [empty.get(key) is not None for key in "abc"] == [True, False, True]
 
 
+def test_what_is_claimed_is_its_own(tmp_path: Path):
+    StageStore(tmp_path).put("claimed", STATE)
+    StageStore(tmp_path).put("foreign", STATE)
+    heir = StageStore(tmp_path)
+    heir.claim(["claimed"])
+    assert heir.own == ["claimed"]
+    heir.keep_only(())
+    assert [path.stem for path in (tmp_path / "stages").iterdir()] == ["foreign"]
+
+
 def test_set_aside(empty: StageStore, caplog):
     caplog.set_level(logging.WARNING)
     empty.put("key", STATE)

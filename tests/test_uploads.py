@@ -179,15 +179,37 @@ def test_many_bytes_go_to_disk_and_come_back(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(uploads_module, "MEMORY", 10)  # two numbers of four bytes, not three
     kept = Uploads()
     put(kept, {1: 1.0, 2: 1.0})
-    assert kept._states.folder is None
+    assert kept._on_disk is None
     put(kept, {3: 1.0})
-    assert kept._states.folder is not None
+    assert kept._on_disk is not None and kept._on_disk.get("3") is not None
+    assert kept._states.get("3") is None and kept._on_disk.get("1") is None
     for upload in kept.ordered():
         assert kept.state(upload)["name"] == float(upload.key)
-    folder = kept._states.folder
+    folder = kept._on_disk.folder
+    kept.drop(3)
+    assert kept._on_disk.get("3") is None
     del kept
     gc.collect()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("refuses", ["files", "the folder"])
+def test_a_full_disk_costs_no_upload(
+    refuses: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    at = {"files": "persistence.stage_store.save_tensors"}.get(
+        refuses, "federation.uploads.tempfile.TemporaryDirectory"
+    )
+    monkeypatch.setattr(f"fl_wb.{at}", full)
+    monkeypatch.setattr(uploads_module, "MEMORY", 10)
+    kept = Uploads()
+    put(kept, dict.fromkeys(range(1, 6), 1.0))
+    put(kept, {5: 2.0}, server_round=2)
+    assert [float(kept.state(upload)["name"]) for upload in kept.ordered()] == [1, 2, 3, 4, 5]
+    assert "No space left" in caplog.text
 
 
 def test_what_counts_as_a_change() -> None:
@@ -199,6 +221,24 @@ def test_what_counts_as_a_change() -> None:
         assert kept.changed is changed
 
 
+def test_who_was_merged_leaves_a_trace_until_a_merge_from_scratch() -> None:
+    kept = Uploads()
+    put(kept, {1: 1.0, 2: 1.0, 3: 1.0})
+    kept.leave_out(1)  # before anything was merged
+    kept.merged(afresh=True)
+    assert not kept.forget(1) and not kept.changed
+
+    put(kept, {2: 2.0}, server_round=2)
+    kept.leave_out(2)
+    kept.leave_out(3)
+    kept.merged(afresh=False)
+    assert kept.traces == {2, 3}
+    assert kept.forget(2) and kept.changed and not kept.forget(2)
+
+    kept.merged(afresh=True)
+    assert not kept.traces and not kept.forget(3)
+
+
 def test_who_left_weighs_in_a_fold_what_max_share_lets_it() -> None:
     kept = Uploads()
     said = {n: 1e12 if n == 20 else 100.0 for n in range(11, 21)}
@@ -206,6 +246,16 @@ def test_who_left_weighs_in_a_fold_what_max_share_lets_it() -> None:
     assert kept.fold([], lambda parts: seeded_state(0)) == 10
     (folded,) = kept.ordered()
     assert folded.weight == pytest.approx(900 * (1 + 3 / 9))  # three times the mean of the others
+
+
+def test_whose_weight_is_a_lie_has_no_more_of_the_labels_of_a_fold() -> None:
+    kept = Uploads()
+    said = {n: 1e12 if n == 20 else 100.0 for n in range(11, 21)}
+    often = {n: (1.0, 0.0) if n == 20 else (0.5, 0.5) for n in said}
+    kept.put(1, {n: (said[n], f"{n}", seeded_state(n)) for n in said}, [], often)
+    assert kept.fold([], lambda parts: seeded_state(0)) == 10
+    (folded,) = kept.ordered()
+    assert folded.labels == pytest.approx((0.625, 0.375))  # it weighs a quarter of all
 
 
 def leave_after_the_first(nodes: int, **arguments: Any) -> AdaptiveCoalescence:

@@ -74,8 +74,10 @@ class Coalescence:
         self._last: tuple[list[float], list[str]] = ([], [])  # merged: their weights and keys
         self._memory: Memory | None = None
         if (folder := merger.store.folder) is not None:
-            self._memory = Memory(folder / "nodes", model.all)
+            settings = {**merger.settings, "max_share": float(max_share)}
+            self._memory = Memory(folder / "nodes", model.all, settings)
             self.uploads, self._merged = self._memory.load()
+            merger.store.claim(self._memory.stages)  # else nobody would ever delete them
             if nodes := len(self.uploads):
                 log(INFO, "Taken up: the generators of %d nodes in %s", nodes, folder)
 
@@ -114,14 +116,16 @@ class Coalescence:
     def forget(self, node_id: int) -> None:
         """Leave a node out of the next merge, and its cell of this model to nobody."""
         upload = self.uploads.get(node_id)
-        if upload is None:
+        if not self.uploads.forget(node_id):
             log(WARNING, "node %d is to be forgotten, and nothing of it alone is kept", node_id)
             return
-        self.uploads.drop(node_id)
         self._afresh = True
-        if upload.key in self._cells and len(self.forgotten) + 1 < len(self.shares):
-            self.forgotten.append(self._cells.index(upload.key))
-        self.save(self._round)  # at once: a server that is killed now must not remember it
+        key = str(node_id) if upload is None else upload.key
+        if key in self._cells and len(self.forgotten) + 1 < len(self.shares):
+            self.forgotten.append(self._cells.index(key))
+        # at once: a server that is killed now must not remember it, in a stage's result neither
+        self._merger.store.keep_only(())
+        self.save(self._round)
         log(INFO, "forgot node %d", node_id)
 
     @property
@@ -138,7 +142,8 @@ class Coalescence:
         self._round = server_round
         if self._memory is not None:
             merged = None if self._afresh else self._merged
-            self._memory.save(self.uploads, merged, server_round, self.shares)
+            stages = self._merger.store.own
+            self._memory.save(self.uploads, merged, server_round, self.shares, stages)
 
     def own(self, node_id: int) -> ArrayRecord | None:
         """Return the last model that a node sent, or None."""
@@ -161,7 +166,8 @@ class Coalescence:
         merged = self._barycenter(self._counted(server_round))
         if merged is None:
             return None
-        self._merged, self.uploads.changed = merged, False
+        self.uploads.merged(afresh=self._afresh or self._merged is None)
+        self._merged = merged
         weights, self._cells = self._last
         self.shares = self._merger.shares(weights)
         self.forgotten, self._afresh = [], False
@@ -301,7 +307,7 @@ class Coalescence:
 
     def _drop(self, node_id: int, why: str) -> None:
         say_dropped(node_id, why)
-        self.uploads.drop(node_id)
+        self.uploads.leave_out(node_id)
 
 
 def say_dropped(node_id: int, why: str) -> None:

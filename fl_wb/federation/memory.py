@@ -7,6 +7,7 @@ whole of one round's end or of the one before.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -40,14 +41,21 @@ class Memory:
         Made when needed.
     model : mapping of str to Tensor
         An upload's arrays: what is kept of a model of other names, shapes or types is no use.
+    settings : mapping
+        Of the merge, as JSON has them: a barycenter of others is made anew of the same uploads.
     """
 
-    def __init__(self, folder: Path, model: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, folder: Path, model: Mapping[str, Tensor], settings: Mapping[str, object]
+    ) -> None:
         self.folder = folder
+        said = json.dumps(settings, sort_keys=True, default=str)
+        self._settings = hashlib.sha256(said.encode()).hexdigest()
         self._model = {
             name: [str(value.dtype), list(value.shape)] for name, value in sorted(model.items())
         }
         self.shares: list[float] = []  # of the barycenter that `load` found
+        self.stages: list[str] = []  # keys of the stages that were made for it, among others
         self._files: dict[Upload, str] = {}  # that are on disk
         self._named = set[str]()  # by the index, which is to say ours
 
@@ -57,6 +65,7 @@ class Memory:
         merged: State | None,
         server_round: int,
         shares: Sequence[float] = (),
+        stages: Sequence[str] = (),
     ) -> None:
         """Keep a round's end. A disk that refuses costs the memory, with a warning, not the run."""
         try:
@@ -64,6 +73,7 @@ class Memory:
             index = {
                 "version": VERSION,
                 "model": self._model,
+                "settings": self._settings,
                 "round": server_round,
                 "changed": uploads.changed,
                 "uploads": {
@@ -72,6 +82,8 @@ class Memory:
                 },
                 "merged": None if merged is None else self._write(merged),
                 "shares": list(shares),
+                "stages": list(stages),
+                "traces": sorted(uploads.traces),
             }
             write_atomic(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
             self._files = {upload: kept[key] for key, upload in uploads.all().items()}
@@ -93,9 +105,11 @@ class Memory:
             index = json.loads((self.folder / INDEX).read_bytes())
             if (index["version"], index["model"]) != (VERSION, self._model):
                 raise ValueError("it is of another model or version")
-            merged = None if index["merged"] is None else self._read(index["merged"])
             shares = [float(share) for share in index.get("shares", [])]
-            named, found = {str(index["merged"] or "")}, {}
+            stages = [str(key) for key in index.get("stages", [])]
+            traces = {int(node) for node in index.get("traces", [])}
+            barycenter = str(index["merged"] or "")
+            named, found = {barycenter}, {}
             for key, entry in index["uploads"].items():
                 file = str(entry.pop("file"))
                 named |= {file, str(entry.get("mean", ""))}
@@ -108,8 +122,11 @@ class Memory:
                 (self.folder / INDEX).replace(self.folder / "index.damaged")
             log.warning("the server's memory in %s is set aside: %s", self.folder, error)
             return uploads, None
-        self.shares = shares if len(shares) == len(found) else []
-        lost, self._named = False, named - {""}
+        self.shares, self.stages = shares if len(shares) == len(found) else [], stages
+        self._named = named - {""}
+        merged = self._barycenter(barycenter, index.get("settings"))
+        lost = merged is None and bool(barycenter)
+        uploads.traces = traces
         for key, (upload, file) in found.items():
             try:
                 state = self._read(file)
@@ -117,11 +134,25 @@ class Memory:
             except (OSError, ValueError) as error:
                 log.warning("the upload of node %s is left out: %s", key, error)
                 lost = True
+                if key != FOLDED and upload.in_model:
+                    uploads.traces.add(int(key))
             else:
                 uploads.restore(None if key == FOLDED else int(key), upload, state, mean)
                 self._files[upload] = file
         uploads.changed = lost or bool(index["changed"])
         return uploads, merged
+
+    def _barycenter(self, name: str, settings: object) -> State | None:
+        """Return the barycenter of this name, if it can be read and has our settings."""
+        if not name:
+            return None
+        try:
+            if settings != self._settings:
+                raise ValueError("it is of other settings")
+            return self._read(name)
+        except (OSError, ValueError) as error:
+            log.warning("the barycenter in %s is made anew: %s", self.folder, error)
+            return None
 
     def _file_of(self, uploads: Uploads, upload: Upload) -> str:
         """Return the file of what a node sent; what is merged in its place has the mean's name."""
@@ -139,7 +170,13 @@ class Memory:
         return name
 
     def _read(self, name: str) -> State:
-        found, _ = load_tensors(self.folder / f"{name}.safetensors")
-        if digest(found) != name:
-            raise StorageError(f"{name[:12]} in {self.folder} holds other arrays")
+        path = self.folder / f"{name}.safetensors"
+        try:
+            found, _ = load_tensors(path)
+            if digest(found) != name:
+                raise StorageError(f"{name[:12]} in {self.folder} holds other arrays")
+        except StorageError:
+            with suppress(OSError):  # out of the way of `_write`, which writes what is missing
+                path.replace(path.with_suffix(".damaged"))
+            raise
         return found

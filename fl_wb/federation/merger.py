@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,23 @@ class Merger:
         law_of(self.latents)
         if frequencies(self.labels):
             check_conditional(self.stage)
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What a barycenter depends on beside its measures, of all that has a name.
+
+        Not the stage's budget: how many iterations that makes depends on the moment.
+        """
+        law = self.latents
+        if not isinstance(law, str):
+            law = f"{law.__module__}.{getattr(law, '__qualname__', type(law).__qualname__)}"
+        return {
+            "stage": {k: v for k, v in asdict(self.stage).items() if k != "budget"},
+            "fan_in": self.fan_in,
+            "labels": self.labels,
+            "latents": law,
+            "seed": self.seed,
+        }
 
     def network(self, state: State) -> nn.Module:
         """Make the generator of a state, as one of one tensor."""

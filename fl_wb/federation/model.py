@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from logging import WARNING
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
+from flwr.common.logger import log
 from torch import Tensor, nn
 
 from fl_wb.messages import generator_part, numpy_client, records
@@ -81,14 +83,33 @@ class Model:
         return bool(self._others)
 
     def _refitted(self, whole: State) -> State:
+        """Return the other arrays as refit makes them; none if it comes to nothing.
+
+        The averages that it is given are of what strangers sent: that may break it, and not a run.
+        """
         assert self._refit is not None
-        fitted = self._refit({name: whole[name].clone() for name in self._initial})
         try:
-            own = set(self._names.values())
-            found = {name: fitted[name].detach() for name in fitted if name not in own}
-            return records.validate(ArrayRecord(found), self._others)
+            fitted = self._refit({name: whole[name].clone() for name in self._initial})
+        except Exception as error:
+            return _not_refitted(f"{type(error).__name__}: {error}")
+        own = set(self._names.values())
+        found = {name: fitted[name].detach() for name in fitted if name not in own}
+        try:  # names, shapes and types, which are refit's own, and then the values
+            records.validate(
+                ArrayRecord({name: torch.zeros_like(value) for name, value in found.items()}),
+                self._others,
+            )
         except records.InvalidUpload as error:
             raise ValueError(f"refit returned arrays that do not fit: {error}") from error
+        try:
+            return records.validate(ArrayRecord(found), self._others)
+        except records.InvalidUpload as error:
+            return _not_refitted(str(error))
+
+
+def _not_refitted(why: str) -> State:
+    log(WARNING, "aggregate_train: refit failed (%s): the averaged arrays stay", why)
+    return {}
 
 
 def own_arrays(arrays: ArrayRecord, own: Mapping[str, Tensor]) -> ArrayRecord:

@@ -7,6 +7,7 @@ generators themselves.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from fl_wb.generators.latents import mixed
 from fl_wb.messages.weights import MAX_SHARE, bounded_weights
 from fl_wb.persistence.stage_store import StageStore
 from fl_wb.persistence.tensor_files import digest
+
+log = logging.getLogger("flwr")
 
 KEPT = 8  # generators of nodes that left are kept apart, at least: some nodes come back
 MEMORY = 1 << 30  # bytes of uploads; more of them are kept on disk
@@ -52,6 +55,8 @@ class Upload:
         How often its data has each label, of sum 1; empty if it does not say.
     mean
         Digest of the generator that is merged in place of the one it sent; empty if that one is.
+    in_model
+        Whether the barycenter descends from something that the node sent.
     """
 
     key: str
@@ -62,6 +67,7 @@ class Upload:
     nodes: int = 1
     labels: tuple[float, ...] = ()
     mean: str = ""
+    in_model: bool = False
 
     @property
     def merged(self) -> str:
@@ -70,15 +76,25 @@ class Upload:
 
 
 class Uploads:
-    """The uploads of which the model is made; at most twice as many as there are nodes."""
+    """The uploads of which the model is made; at most twice as many as there are nodes.
+
+    Attributes
+    ----------
+    changed
+        Whether there is something new to merge since its owner last said that there is not.
+    traces
+        Nodes from whose uploads the barycenter descends, though they do not count any more.
+    """
 
     def __init__(self) -> None:
         self._of: dict[int, Upload] = {}
         self._folded: Upload | None = None
-        self.changed = False  # since its owner last said that it is not
+        self.changed = False
+        self.traces: set[int] = set()
         self._states = StageStore()
-        self._bytes: dict[str, int] = {}  # of what is kept, by its key
+        self._bytes: dict[str, int] = {}  # of what is in memory, by its key
         self._total = 0
+        self._on_disk: StageStore | None = None  # what does not fit into memory
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __len__(self) -> int:
@@ -108,8 +124,10 @@ class Uploads:
 
     def _found(self, key: str) -> State:
         found = self._states.get(key)
+        if found is None and self._on_disk is not None:
+            found = self._on_disk.get(key)
         if found is None:
-            raise FileNotFoundError(f"the upload {key} is gone from {self._states.folder}")
+            raise FileNotFoundError(f"the upload {key} is gone from {self._folder}")
         return found
 
     def all(self) -> dict[str, Upload]:
@@ -163,6 +181,7 @@ class Uploads:
                 name,
                 labels=often,
                 mean=digest(mean) if mean else "",
+                in_model=before is not None and before.in_model,
             )
             self.changed |= before is None or replace(before, round=now.round, key=now.key) != now
             self._of[node] = now
@@ -200,6 +219,28 @@ class Uploads:
             self._drop_states(upload)
             self.changed = True
 
+    def leave_out(self, node_id: int) -> None:
+        """Drop an upload that does not count, and keep its trace if it was merged."""
+        if (upload := self._of.get(node_id)) is not None and upload.in_model:
+            self.traces.add(node_id)
+        self.drop(node_id)
+
+    def forget(self, node_id: int) -> bool:
+        """Drop all that there is of a node alone; False if there is nothing."""
+        if node_id not in self._of and node_id not in self.traces:
+            return False
+        self.drop(node_id)
+        self.traces.discard(node_id)
+        self.changed = True
+        return True
+
+    def merged(self, *, afresh: bool) -> None:
+        """Take note that all uploads were merged; afresh: and what was merged before was not."""
+        self._of = {node: replace(upload, in_model=True) for node, upload in self._of.items()}
+        self.changed = False
+        if afresh:
+            self.traces.clear()
+
     def _drop_states(self, upload: Upload) -> None:
         for key in (upload.key, _mean_key(upload)):
             self._let_go(key)
@@ -223,14 +264,15 @@ class Uploads:
         state = merge(parts)
         if state is None:
             return 0
+        weights = bounded(parts, max_share)
         self._folded = replace(
             parts[-1],
             key=FOLDED,
             place=-1,
-            weight=_together(parts, max_share),
+            weight=_together(parts, weights),
             digest=digest(state),
             nodes=sum(part.nodes for part in parts),
-            labels=mixed([(part.weight, part.labels) for part in parts]),
+            labels=mixed(list(zip(weights, [part.labels for part in parts], strict=True))),
             mean="",
         )
         for node in gone:
@@ -239,22 +281,30 @@ class Uploads:
         return len(gone)
 
     def _keep(self, key: str, state: State) -> None:
+        self._let_go(key)
         size = sum(value.numel() * value.element_size() for value in state.values())
-        self._total += size - self._bytes.get(key, 0)
+        if self._total + size > MEMORY and self._saved(key, state):
+            return
+        self._states.put(key, state)  # also what the disk refused: a model is made of it
         self._bytes[key] = size
-        if self._total > MEMORY and self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="fl-wb-uploads-")
-            on_disk = StageStore(Path(self._folder.name))
-            for upload in self.ordered():
-                for old in (upload.key, _mean_key(upload)):
-                    if (found := self._states.get(old)) is not None:
-                        on_disk.put(old, found)
-            self._states = on_disk
-        self._states.put(key, state)
+        self._total += size
+
+    def _saved(self, key: str, state: State) -> bool:
+        """Keep what does not fit into memory on disk, if that can be done."""
+        if self._on_disk is None:
+            try:
+                self._folder = tempfile.TemporaryDirectory(prefix="fl-wb-uploads-")
+            except OSError as error:
+                log.warning("uploads beyond %d bytes stay in memory: %s", MEMORY, error)
+                return False
+            self._on_disk = StageStore(Path(self._folder.name))
+        return self._on_disk.put(key, state)
 
     def _let_go(self, key: str) -> None:
         self._total -= self._bytes.pop(key, 0)
         self._states.drop(key)
+        if self._on_disk is not None:
+            self._on_disk.drop(key)
 
 
 def bounded(uploads: Sequence[Upload], max_share: float) -> list[float]:
@@ -263,9 +313,8 @@ def bounded(uploads: Sequence[Upload], max_share: float) -> list[float]:
     return bounded_weights(said, max_share, nodes)
 
 
-def _together(parts: Sequence[Upload], max_share: float) -> float:
-    """Return what uploads weigh together, by the word of those that are not bounded."""
-    weights = bounded(parts, max_share)
+def _together(parts: Sequence[Upload], weights: Sequence[float]) -> float:
+    """Return what uploads, bounded to weights, weigh together: by the word of who is not cut."""
     taken = (part.weight / mine for part, mine in zip(parts, weights, strict=True) if mine)
     return min(min(taken) * math.fsum(weights), sys.float_info.max / 2)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class StageStore:
         self.folder = None if folder is None else Path(folder)
         self.seconds = seconds
         self._memory: dict[str, dict[str, Tensor]] = {}
-        self._used: set[str] = set()  # keys that this store wrote or found: only those are its own
+        self._used: set[str] = set()  # keys that it wrote, found or claimed: only those are its own
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """Return an entry, or None; a damaged file is set aside, never trusted."""
@@ -55,16 +55,21 @@ class StageStore:
 
     def put(
         self, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-    ) -> None:
-        """Save an entry. A disk that refuses costs the entry, with a warning, not the run."""
+    ) -> bool:
+        """Save an entry. A disk that refuses costs the entry, with a warning, not the run.
+
+        Returns whether it was saved.
+        """
         self._used.add(key)
         if self.folder is None:
             self._memory[key] = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-            return
+            return True
         try:
             save_tensors(self._path(key), tensors, metadata)
         except OSError as error:
-            log.warning("The barycenter's stage %s could not be saved: %s", key[:12], error)
+            log.warning("%s could not be saved in %s: %s", key[:12], self.folder, error)
+            return False
+        return True
 
     def drop(self, key: str) -> None:
         """Forget an entry."""
@@ -83,6 +88,15 @@ class StageStore:
             with suppress(OSError):  # what cannot be moved is overwritten, or stays unused
                 self._path(key).replace(aside)
             log.warning("%s; it was set aside as %s and is made anew", reason, aside.name)
+
+    @property
+    def own(self) -> list[str]:
+        """Keys of the entries that are its own."""
+        return sorted(self._used)
+
+    def claim(self, keys: Iterable[str]) -> None:
+        """Take for its own what another store wrote of which it is the successor."""
+        self._used |= set(keys)
 
     def keep_only(self, keys: Collection[str]) -> None:
         """Forget every entry of its own but these: the store does not grow with the rounds.
