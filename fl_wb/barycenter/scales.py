@@ -29,7 +29,7 @@ SAME = 1e-3
 
 def scales(generator: nn.Module) -> dict[str, Tensor]:
     """Return the norm of each layer's weight that is a matrix, by the layer's name."""
-    return {name: layer.weight.detach().norm() for name, layer in _layers(generator)}
+    return {name: own[0].detach().norm() for name, own in _layers(generator)}
 
 
 @torch.no_grad()
@@ -56,9 +56,8 @@ def rescale(
     z = latents.draw(LATENTS, torch.Generator(device_of(generator)).manual_seed(seed))
     made = _watched(generator, z, followers, seed)
     before = made()
-    for name, layer in _layers(generator):
-        own = [p for p in layer._parameters.values() if p is not None]
-        share = (norms[name] / layer.weight.norm()).item()
+    for name, own in _layers(generator):
+        share = (norms[name] / own[0].norm()).item()
         if not (0 < share < 1 and all(p.requires_grad for p in own)):
             continue
         kept = [(v, v.clone()) for n in followers for v in (*n.parameters(), *n.buffers())]
@@ -109,10 +108,11 @@ def _shrink(norm: _BatchNorm, share: float) -> None:
     norm.weight.mul_(((norm.running_var + norm.eps) / before).sqrt() / share)
 
 
-def _layers(generator: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the layers with a weight of two dimensions or more of their own, and their names."""
-    return [
-        (name, part)
-        for name, part in generator.named_modules()
-        if (weight := part._parameters.get("weight")) is not None and weight.dim() > 1
-    ]
+def _layers(generator: nn.Module) -> list[tuple[str, list[Tensor]]]:
+    """Return the layers with a matrix as weight: names, and what they own, the weight first."""
+    found = []
+    for name, part in generator.named_modules():
+        own: dict[str, Tensor] = {n: p for n, p in part._parameters.items() if p is not None}
+        if "weight" in own and own["weight"].dim() > 1:
+            found.append((name, [own.pop("weight"), *own.values()]))
+    return found
