@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fl_wb.adaptation import fit_gate, own_start
 from fl_wb.adaptation.weights import WEIGHTS, cell_samples, fit_weights
 from fl_wb.generators.code import Code
 from fl_wb.generators.reweighted import reweighted
@@ -138,6 +139,33 @@ def test_what_cannot_be_fitted_is_refused():
         fit_weights(LINE, LINE.code, torch.zeros(3, 1), method="best")
     with pytest.raises(ValueError, match="no samples to fit weights to"):
         fit_weights(LINE, LINE.code, torch.zeros(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("samples", "error", "text"),
+    [
+        (torch.zeros(3, 1, dtype=torch.uint8), TypeError, "are uint8, and the generator makes"),
+        (torch.zeros(3, 2), ValueError, r"shape \(2,\) for a generator that makes \(1,\)"),
+        (torch.zeros(3, 1, 1), ValueError, r"shape \(1, 1\) for a generator that makes \(1,\)"),
+        (torch.zeros(3), ValueError, r"shape \(\) for a generator that makes \(1,\)"),
+        (torch.tensor([[0.0], [torch.nan]]), ValueError, "not all finite"),
+    ],
+)
+def test_what_is_no_sample_is_refused(samples: Tensor, error: type[Exception], text: str):
+    for method in ("fitted", "radius"):
+        with pytest.raises(error, match=text):
+            fit_weights(LINE, LINE.code, samples, method=method)
+        with pytest.raises(error, match=text):
+            own_start(LINE, LINE.code, samples, method=method)
+    with pytest.raises(error, match=text):
+        fit_gate(LINE, samples)
+
+
+def test_samples_of_another_unit_are_said():
+    near = Line([-0.95, 0.9], [0.5, 0.5], spread=0.01)
+    for of in (lambda few: fit_weights(near, near.code, few), lambda few: fit_gate(near, few)):
+        with pytest.warns(UserWarning, match=r"should they be 2 x - 1\?"):
+            of(torch.tensor([[0.1], [0.9], [0.5]]))
 
 
 def test_a_cell_that_is_none_cannot_be_forgotten() -> None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from fl_wb.adaptation.anchor import COMPARED, choose_anchor, worse
 from fl_wb.adaptation.gates import asked_for
+from fl_wb.adaptation.samples import check_samples
 from fl_wb.adaptation.variation import labelled_bank, transport_pairs, variation_bank
 from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.latents import Draw
@@ -39,7 +40,6 @@ from fl_wb.generators.networks import MLPCritic
 from fl_wb.generators.reweighted import Reweighted
 from fl_wb.generators.sampling import (
     check_function,
-    check_real,
     device_of,
     driven,
     generate,
@@ -200,7 +200,7 @@ def adapt(
         raise ValueError("a conditional generator has no guide: it has no gate")
     guide = start if guide is None else driven(guide, latent_dim, None, latents)
     pool = generate(guide, POOL, seed=seed, latent_dim=latent_dim)
-    _check_samples(samples, form.split(pool)[0] if form else pool)
+    check_samples(samples, form.split(pool)[0] if form else pool)
     if form and few_labels is not None:
         samples = form.join(samples, few_labels)
     widened = partial(labelled_bank, form) if form else variation_bank
@@ -285,16 +285,3 @@ def _sum(*terms: Regularizer | None) -> Regularizer:
         return torch.stack([term(generator, z, fakes, rng) for term in terms if term]).sum()
 
     return total
-
-
-def _check_samples(samples: Tensor, made: Tensor) -> None:
-    check_real(samples, made, "the samples to adapt to")
-    if not len(samples):
-        raise ValueError("there are no samples to adapt to: one at least is needed")
-    if samples.shape[1:] != made.shape[1:]:
-        raise ValueError(
-            f"samples of shape {tuple(samples.shape[1:])} for a generator that makes "
-            f"{tuple(made.shape[1:])}"
-        )
-    if not torch.isfinite(samples).all():
-        raise ValueError("the samples to adapt to are not all finite")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.adaptation.likeness import WALKED, likeness, strange
+from fl_wb.adaptation.samples import check_samples
 from fl_wb.adaptation.weights import fit_weights
 from fl_wb.generators.code import Code
 from fl_wb.generators.gate import LOGS, Gate
@@ -80,6 +81,11 @@ def fit_gate(
     seed : int
     latent_dim : int, optional
         For a generator without the attribute.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As by `check_samples`, where the samples say anything.
     """
     law, device = latents_of(generator, latent_dim), device_of(generator)
     if len(samples) == 1 or not law.plain:
@@ -87,6 +93,7 @@ def fit_gate(
     parts = law.draw(LATENTS, torch.Generator().manual_seed(seed)).to(device).split(1000)
     with sampling(generator):
         made = torch.cat([generator(z) for z in parts[: WALKED // 1000]])
+        check_samples(samples, made)
         asked = likeness(made, samples)
         if not _notable(asked(made)):
             return None

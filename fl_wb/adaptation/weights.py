@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fl_wb.adaptation.likeness import doubt
+from fl_wb.adaptation.samples import check_samples
 from fl_wb.generators.code import Code
 from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.reweighted import Reweighted
@@ -93,7 +94,7 @@ def fit_weights(
     ------
     ValueError
         If there is no such method, there are no samples, or no such cells are to be forgotten, or
-        all.
+        all. As by `check_samples`, too, and TypeError, where the samples say anything.
     """
     if method not in WEIGHTS:
         raise ValueError(f"method={method!r} is not one of {', '.join(WEIGHTS)}")
@@ -111,9 +112,11 @@ def fit_weights(
     if method == "shares" or kept.sum() == 1:
         return weights
     rng = torch.Generator().manual_seed(seed)
-    if len(samples) > MANY:
-        samples = samples[torch.randperm(len(samples), generator=rng)[:MANY].to(samples.device)]
-    cells = cell_samples(generator, code, rng, latent_dim)[kept]
+    order = torch.randperm(len(samples), generator=rng)[:MANY] if len(samples) > MANY else None
+    cells = cell_samples(generator, code, rng, latent_dim)
+    check_samples(samples, cells.flatten(0, 1))
+    samples = samples if order is None else samples[order.to(samples.device)]
+    cells = cells[kept].flatten(2)
     if method == "radius":
         few = samples.flatten(1)
         radii = torch.tensor([wasserstein1(cell, few) for cell in cells], dtype=torch.float64)
@@ -181,12 +184,13 @@ def likeliest_weights(cells: Tensor, samples: Tensor, shares: Tensor) -> Tensor:
 def cell_samples(
     generator: nn.Module, code: Code, rng: torch.Generator, latent_dim: int | None = None
 ) -> Tensor:
-    """Return equally many samples (K, m, d) of each cell, on the CPU."""
+    """Return equally many samples (K, m, ...) of each cell, on the CPU."""
     law, device, k = latents_of(generator, latent_dim), device_of(generator), len(code)
     with sampling(generator):
         size = generator(law.some(2).to(device))[0].numel()
         m = max(min(CELL, CELLS // k, BYTES // (4 * size * k)), 2)
         cell = torch.arange(k).repeat_interleave(m)
         z = code.embed(cell, law.draw(len(cell), rng), latents=law)
-        parts = [generator(part.to(device)).flatten(1).cpu() for part in in_batches(z, 1000)]
-    return torch.cat(parts).float().view(k, m, -1)
+        parts = [generator(part.to(device)).cpu() for part in in_batches(z, 1000)]
+    samples: Tensor = torch.cat(parts).float().unflatten(0, (k, m))
+    return samples
