@@ -375,6 +375,22 @@ def test_augmentation_helps_as_much_as_what_is_generated_is_right(
     assert (bad["few"], bad["real"]) == (good["few"], good["real"])
 
 
+@pytest.mark.parametrize("labels", [torch.arange(100) % 2, torch.arange(100) // 50])
+def test_real_samples_and_those_that_judge_are_of_the_same_classes(
+    monkeypatch: pytest.MonkeyPatch, labels: Tensor
+) -> None:
+    def seen(learned: tuple[Tensor, ...], judges: tuple[Tensor, ...], *_: int) -> float:
+        labels = [each[1].long() for each in (learned, judges)]
+        sets.append([each.bincount(minlength=2) / len(each) for each in labels])
+        return 0.0
+
+    sets: list[list[Tensor]] = []
+    monkeypatch.setattr(import_module("fl_wb.metrics.augmentation"), "_accuracy", seen)
+    augmentation(Blobs(), labelled_blobs(6, 1), (torch.rand(100, 2), labels))
+    for shares in sets[-1]:
+        torch.testing.assert_close(shares, torch.full((2,), 0.5), atol=0.2, rtol=0)
+
+
 @pytest.mark.parametrize(
     "few", [(torch.zeros(0, 2), torch.zeros(0).long()), (torch.zeros(3, 2), torch.tensor([0, 1]))]
 )

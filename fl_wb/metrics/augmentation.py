@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fl_wb.generators.latents import Draw
 from fl_wb.generators.sampling import check_real, driven, generate, generate_rows
 from fl_wb.metrics.features import BATCH, STEPS, fit_classifier
+from fl_wb.picks import spread_out
 
 TIMES = 10
 """So many generated samples for each of the few, by default."""
@@ -42,7 +43,7 @@ def augmentation(
     held_out : pair of Tensor
         Real samples, and labels, that judge.
     real : pair of Tensor, optional
-        Real samples that a node would wish for. By default every other one of ``held_out``, which
+        Real samples that a node would wish for. By default one of every two of ``held_out``, which
         then judges by the rest alone.
     n : int, optional
         How many samples to generate, of labels as frequent as among the few; `TIMES` as many as
@@ -70,7 +71,7 @@ def augmentation(
                 f"{tuple(samples.shape)} and labels {tuple(labels.shape)}"
             )
     if real is None and len(held_out[0]) < 2:
-        raise ValueError("held_out must be 2 samples or more, of which every other one is real")
+        raise ValueError("held_out must be 2 samples or more, of which one of every two is real")
     number = int(max(set_[1].max() for set_ in (few, held_out, real or few))) + 1
     counts = few[1].long().bincount(minlength=number).tolist()
     source = driven(generator, latent_dim, counts, latents)
@@ -80,8 +81,9 @@ def augmentation(
     n = TIMES * len(few[0]) if n is None else n
     rows, generated = generate_rows(source, n, seed=seed)
     if real is None:
-        real = held_out[0][1::2], held_out[1][1::2]
-        held_out = held_out[0][::2], held_out[1][::2]
+        chosen = torch.zeros(len(held_out[0]), dtype=torch.bool)
+        chosen[spread_out(len(chosen), len(chosen) // 2, seed)] = True  # classes may come in turn
+        real, held_out = ((held_out[0][x], held_out[1][x]) for x in (chosen, ~chosen))
     order = torch.randperm(len(real[0]), generator=torch.Generator().manual_seed(seed))
     order = order[: len(few[0]) + n]
     sets = {
