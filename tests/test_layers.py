@@ -158,6 +158,8 @@ def test_what_could_not_make_up_for_other_statistics_is_not_held() -> None:
         half_frozen,
         Bent(4),
     ]
+    norms += [nn.BatchNorm1d(4), nn.BatchNorm1d(4)]
+    norms[-1].weight = norms[-2].weight
     assert hold(nn.Sequential(*norms)) == []
     assert all(norm.training for norm in norms)
 

@@ -184,6 +184,32 @@ def test_statistics_are_folded_into_scale_and_shift():
     assert norm.running_mean.eq(0).all() and len(values(norm.running_var)) == 1
 
 
+class Bent(nn.BatchNorm1d):
+    """It scales by 1 + weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, 1 + self.weight, self.bias, eps=self.eps
+        )
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, Bent])
+def test_statistics_that_cannot_be_folded_stay(norm: type[nn.BatchNorm1d]):
+    torch.manual_seed(0)
+    one, other = norm(5), norm(5)
+    other.weight = one.weight  # of both, which have other statistics
+    network = nn.Sequential(nn.Linear(4, 5), one, nn.ReLU(), nn.Linear(5, 5), other)
+    network = network if norm is nn.BatchNorm1d else network[:3]
+    for value in (value for value in network.buffers() if value.is_floating_point()):
+        value.uniform_(0.5, 2)
+
+    ternary = ternarize(network, iterations=0, latent_dim=4)
+
+    for made, given in ((ternary[i], network[i]) for i in range(1, len(network), 3)):
+        assert torch.equal(made.weight, given.weight) and torch.equal(made.bias, given.bias)
+        assert made.running_mean.ne(0).all()
+
+
 class Gain(nn.Module):
     """A network whose last layer is a gain."""
 

@@ -40,6 +40,7 @@ from fl_wb.ternary.planes import (
 from fl_wb.ternary.rotation import turned
 from fl_wb.training.distillation import Distillation, distill, pairs_of
 from fl_wb.training.random_numbers import own_random_numbers
+from fl_wb.training.statistics import own_maps
 from fl_wb.training.wgan import Progress
 
 log = logging.getLogger(__name__)
@@ -153,9 +154,8 @@ def ternarize(
     if law.plain and not isinstance(teacher, Reweighted):
         teacher = turned(teacher, lambda weight: Ternary(weight)(weight), law.dim, seed=seed)
     ternary = undriven(_distilled(teacher, settings, law, seed, callback), given)
-    for module in ternary.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            _fold_statistics(module)
+    for norm in own_maps(ternary):
+        _fold_statistics(norm)
     for parameter, was in zip(ternary.parameters(), frozen, strict=True):
         parameter.requires_grad_(not was)
     return ternary.to(device_of(generator)).eval()
@@ -253,8 +253,8 @@ def _check(
 @torch.no_grad()
 def _fold_statistics(norm: nn.modules.batchnorm._BatchNorm) -> None:
     """Write a normalisation's statistics into its scale and shift: half the bytes to pack."""
-    if not norm.affine or norm.running_mean is None or norm.running_var is None:
-        return
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     norm.bias.sub_(norm.running_mean * scale)
     norm.weight.copy_(scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,9 @@ BATCHES, BATCH = 20, 128
 TRAINED = 4
 """Latents of the training, for each of these."""
 
+MAP = ("weight", "bias", "running_mean", "running_var")
+"""What a normalisation's map is made of in eval mode."""
+
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
@@ -32,22 +36,36 @@ def learning(generator: nn.Module) -> nn.Module:
     return generator
 
 
-def hold(generator: nn.Module) -> list[_BatchNorm]:
-    """Have normalisations keep the statistics that they have; return those that could.
+def own_maps(generator: nn.Module) -> list[_BatchNorm]:
+    """Return the normalisations whose weights may be written anew for other statistics.
 
-    These are in eval mode then. Those without weights of their own, or with frozen ones, or with a
-    forward pass of their own, cannot: `settle` could not make up for the difference to their true
-    statistics.
+    In eval mode they make w (x - m) / sqrt(v + eps) + b, and nothing else is made of these four:
+    they have no forward pass of their own, and share none with another part.
     """
-    held = [
+    owners = Counter(
+        id(tensor)
+        for part in generator.modules()
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False))
+    )
+    return [
         part
         for part in generator.modules()
         if isinstance(part, _BatchNorm)
         and type(part).forward is _BatchNorm.forward
-        and part.running_mean is not None
-        and part.weight is not None
-        and part.weight.requires_grad
-        and part.bias.requires_grad
+        and all(owners[id(getattr(part, name))] == 1 for name in MAP)  # 0: it has none
+    ]
+
+
+def hold(generator: nn.Module) -> list[_BatchNorm]:
+    """Have normalisations keep the statistics that they have; return those that could.
+
+    These are in eval mode then. Those that are no map of their own (`own_maps`), or are frozen,
+    cannot: `settle` could not make up for the difference to their true statistics.
+    """
+    held = [
+        norm
+        for norm in own_maps(generator)
+        if norm.weight.requires_grad and norm.bias.requires_grad
     ]
     for norm in held:
         norm.eval()
