@@ -74,6 +74,24 @@ def test_a_copy_of_a_network_that_was_just_used_is_a_network_of_its_own() -> Non
     assert network.hidden.weight.grad is not None
 
 
+@pytest.mark.parametrize("keep", [lambda h: [h], lambda h: {"last": (1, h)}, lambda h: [{0: [h]}]])
+def test_a_network_that_keeps_activations_in_any_form_is_copied(
+    keep: Callable[[Tensor], object],
+) -> None:
+    class Keeper(nn.Linear):
+        def forward(self, z: Tensor) -> Tensor:
+            self.kept = keep(super().forward(z))
+            self.kept_twice = [self.kept]
+            self.kept_twice.append(self.kept_twice)
+            return nn.functional.relu(super().forward(z))
+
+    network = Keeper(4, 2)
+    network(torch.ones(2, 4))
+    copy = copy_of(network)
+    assert same(copy, network)
+    assert torch.equal(copy(torch.ones(2, 4)), network(torch.ones(2, 4)))
+
+
 @pytest.mark.parametrize(
     "norm",
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 
 import torch
@@ -19,12 +19,23 @@ def seeded(factory: Callable[[], nn.Module], seed: int) -> nn.Module:
 def copy_of(module: nn.Module) -> nn.Module:
     """Copy a module, also one that keeps tensors of its last forward pass.
 
-    ``torch.nn.utils.weight_norm`` does, and many a user's network that remembers an activation;
+    ``torch.nn.utils.weight_norm`` does, and many a user's network that remembers activations;
     ``copy.deepcopy`` alone refuses tensors that are part of a graph.
     """
-    kept = (value for part in module.modules() for value in vars(part).values())
-    graph = {id(t): t.detach() for t in kept if isinstance(t, Tensor) and not t.is_leaf}
+    known: set[int] = set()
+    kept = (tensor for part in module.modules() for tensor in _tensors(vars(part), known))
+    graph = {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
     return deepcopy(module, dict(graph))  # the memo: what stands in for each
+
+
+def _tensors(value: object, known: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors in lists, tuples and dicts, each of these once: they may be circles."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict) and id(value) not in known:
+        known.add(id(value))
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inside, known)
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
