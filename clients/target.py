@@ -24,7 +24,7 @@ from flwr.app import (
 from torch import Tensor, nn
 
 from fl_wb import ternary
-from fl_wb.adaptation import POOL, Adaptation, variation_bank
+from fl_wb.adaptation import BANK, POOL, Adaptation, affordable, variation_bank
 from fl_wb.clients.fast_adaptation import make_own
 from fl_wb.clients.received import fitted, own_samples, received, received_code
 from fl_wb.clients.sharing import offer
@@ -153,8 +153,9 @@ def target_evaluate(
     judge = _Judge(settings, Reference(held_out, few=few, features=features), len(held_out), seed)
     steps = {"few": judge.of_real(few)}
     if settings.bank:
-        pool = generate(driven(made.start, labels=counts), POOL, seed=seed)
-        steps["bank"] = judge.of_real(variation_bank(few, pool, seed=seed))
+        most = partial(affordable, sample=few[0])
+        pool = generate(driven(made.start, labels=counts), most(POOL), seed=seed)
+        steps["bank"] = judge.of_real(variation_bank(few, pool, size=most(BANK), seed=seed))
     for step, network in networks.items():
         began = perf_counter()
         steps[step] = judge.of(network)

@@ -14,12 +14,13 @@ from fl_wb.adaptation import (
     adapt,
     choose_anchor,
     fast_adaptation,
+    variation,
     variation_bank,
 )
 from fl_wb.generators.networks import MLPCritic, make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.training.distillation import Distillation
-from fl_wb.training.wgan import Training
+from fl_wb.training.wgan import Training, resample
 from fl_wb.transport import energy_distance
 from tests.points import Gaussian, critic, same
 
@@ -267,6 +268,27 @@ def test_very_many_samples_are_all_drawn_from(monkeypatch: pytest.MonkeyPatch):
 
     # the first hundred alone have a mean of 4
     assert generate(adapted, 500).mean(0).norm() < 1.5
+
+
+@pytest.mark.parametrize("method", ["variation", "transport"])
+def test_of_large_samples_fewer_are_made_and_no_class_is_left_out(
+    method: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(variation, "BYTES", 2 * 4 * 100)  # a hundred points of the plane
+    monkeypatch.setattr(variation, "LEAST", 1)
+    generated, banks = [], []
+    monkeypatch.setattr(
+        fast_adaptation,
+        "generate",
+        lambda g, n, **options: (generated.append(n), generate(g, n, **options))[1],
+    )
+    monkeypatch.setattr(
+        fast_adaptation, "resample", lambda bank: (banks.append(bank), resample(bank))[1]
+    )
+    ordered = torch.cat([few(100, mean=4.0), few(100, mean=-4.0)])
+    adapt(Gaussian((0.0, 0.0)), ordered, settings=tiny(method))
+    assert max(generated) == 100
+    assert len(banks[-1]) == 100 and 30 < (banks[-1].mean(1) > 0).sum() < 70
 
 
 # that it helps

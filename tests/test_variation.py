@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fl_wb.adaptation import transport_pairs, variation_bank
+from fl_wb.adaptation import affordable, transport_pairs, variation_bank
 from fl_wb.generators.sampling import generate
 from fl_wb.transport import energy_distance
 from tests.points import Gaussian
@@ -48,6 +48,14 @@ def test_variation_starts_on_the_way_to_a_near_sample():
     assert first.amax(0).min() > 0.6 and first.max() <= 0.7
     last = bank[3::4] - few[3]  # from (9, 9): a near sample is never the sample itself
     assert last.norm(dim=1).max() > 3 and last.max() <= 0
+
+
+def test_of_large_samples_there_are_fewer_but_some():
+    for shape in ((1, 8, 8), (1, 28, 28), (3, 32, 32)):
+        assert affordable(8000, torch.zeros(shape)) == 8000
+    assert affordable(8000, torch.zeros(3, 128, 128)) == (256 << 20) // (4 * 3 * 128 * 128)
+    assert affordable(8000, torch.zeros(1, 2000, 2000)) == 500
+    assert affordable(100, torch.zeros(1, 2000, 2000)) == 100
 
 
 def test_neighbours_are_as_many_as_asked_for():

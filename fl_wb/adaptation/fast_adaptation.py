@@ -33,7 +33,13 @@ from torch import Tensor, nn
 from fl_wb.adaptation.anchor import COMPARED, choose_anchor, worse
 from fl_wb.adaptation.gates import asked_for
 from fl_wb.adaptation.samples import check_samples
-from fl_wb.adaptation.variation import labelled_bank, transport_pairs, variation_bank
+from fl_wb.adaptation.variation import (
+    BANK,
+    affordable,
+    labelled_bank,
+    transport_pairs,
+    variation_bank,
+)
 from fl_wb.generators.copies import copy_of, trainable_copy
 from fl_wb.generators.latents import Draw
 from fl_wb.generators.networks import MLPCritic
@@ -69,7 +75,7 @@ from fl_wb.transport import energy_distance
 METHODS = ("variation", "transport", "plain")
 
 POOL = 8000
-"""Samples of the start generator whose differences are transferred."""
+"""Samples of the start generator whose differences are transferred; of large ones, fewer."""
 
 WIDENED = 2000
 """Widened samples that are learned beside the `POOL` that the few ask for of a gated start."""
@@ -199,11 +205,14 @@ def adapt(
     if guide is not None and form:
         raise ValueError("a conditional generator has no guide: it has no gate")
     guide = start if guide is None else driven(guide, latent_dim, None, latents)
-    pool = generate(guide, POOL, seed=seed, latent_dim=latent_dim)
+    some = generate(guide, 2, seed=seed, latent_dim=latent_dim)
+    most = partial(affordable, sample=some[0])
+    pool = generate(guide, most(POOL), seed=seed, latent_dim=latent_dim)
     check_samples(samples, form.split(pool)[0] if form else pool)
     if form and few_labels is not None:
         samples = form.join(samples, few_labels)
     widened = partial(labelled_bank, form) if form else variation_bank
+    widened = partial(widened, size=most(BANK), seed=seed)
     training = settings.training
     if iterations is not None:
         training = replace(training, iterations=iterations)
@@ -220,14 +229,15 @@ def adapt(
     real, regularizer = resample(few), None
     then = callback
     if settings.method != "plain":
-        if len(few) > WIDENED:  # they are widened in turn, and these may be sorted
+        beside = most(4 * WIDENED) // 4
+        if len(few) > beside:  # they are widened in turn, and these may be sorted
             order = torch.randperm(len(few), generator=torch.Generator().manual_seed(seed))
-            few = few[order[:MANY].to(few.device)]
+            few = few[order[: most(MANY)].to(few.device)]
         pool = pool.to(few.device)
         anchor = choose_anchor(pool, few) if settings.anchor is None else settings.anchor
         partly = False
         if isinstance(guide, Reweighted) and guide.gate and settings.anchor is None and not form:
-            wanted = asked_for(guide, few, POOL, seed=seed)
+            wanted = asked_for(guide, few, most(POOL), seed=seed)
             if wanted is not None and choose_anchor(wanted := wanted.to(few.device), few) > 0:
                 partly, anchor, pool = True, 0.0, wanted
         # a start that fits, all of it or in part, makes what a few samples lack
@@ -235,16 +245,16 @@ def adapt(
         moves = settings.method == "transport" and not anchor and not partly
         if moves:
             # a regression keeps what blurs or draws together, where a WGAN makes up for it
-            bank = widened(few, pool, towards=0.0, scale=0.6, unchanged=unchanged, seed=seed)
+            bank = widened(few, pool, towards=0.0, scale=0.6, unchanged=unchanged)
             before = settings.transport.iterations
             total = before + training.iterations
             first, then = part_of(callback, 0, total), part_of(callback, before, total)
             pairs = transport_pairs(start, bank, seed=seed, latent_dim=latent_dim)
             distill(student, pairs, settings.transport, seed=seed, callback=first)
         else:
-            bank = widened(few, pool, unchanged=unchanged, seed=seed)
+            bank = widened(few, pool, unchanged=unchanged)
             if partly:
-                bank = torch.cat([bank[:WIDENED], pool])
+                bank = torch.cat([bank[:beside], pool])
         real = resample(bank)
         regularizer = _sum(distance_to(start, anchor, power=2), _energy_to(bank))
     trained = train_wgan(
@@ -260,8 +270,8 @@ def adapt(
     )
     adapted = trained.generator
     if judged:
-        made = generate(adapted, COMPARED, seed=seed, latent_dim=latent_dim)
-        was = generate(start, COMPARED, seed=seed, latent_dim=latent_dim)
+        made = generate(adapted, most(COMPARED), seed=seed, latent_dim=latent_dim)
+        was = generate(start, most(COMPARED), seed=seed, latent_dim=latent_dim)
         if worse(made, was, unseen):
             for kept, learned in zip(start.parameters(), adapted.parameters(), strict=True):
                 kept.requires_grad_(learned.requires_grad)

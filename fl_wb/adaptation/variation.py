@@ -16,6 +16,19 @@ from fl_wb.training.conditional import Labelled
 from fl_wb.training.distillation import Pairs
 from fl_wb.transport import coupling
 
+BANK = 4000
+"""Widened samples, by default."""
+
+BYTES = 256 << 20
+"""Of a generator's samples, or of widened ones: as many as these hold, but `LEAST` of any size."""
+
+LEAST = 500
+
+
+def affordable(wanted: int, sample: Tensor) -> int:
+    """Return how many samples such as this one there may be: as many as wanted, or as fit."""
+    return min(wanted, max(BYTES // max(sample.nbytes, 1), LEAST))
+
 
 def variation_bank(
     samples: Tensor,
@@ -27,7 +40,7 @@ def variation_bank(
     towards: float = 0.7,
     scale: float = 1.0,
     unchanged: float = 0.0,
-    size: int = 4000,
+    size: int = BANK,
     seed: int = 0,
 ) -> Tensor:
     """Widen a few real samples by the variation among a generator's samples.
@@ -83,7 +96,7 @@ def variation_bank(
 
 
 def labelled_bank(
-    form: Labelled, few: Tensor, pool: Tensor, *, size: int = 4000, seed: int = 0, **options: Any
+    form: Labelled, few: Tensor, pool: Tensor, *, size: int = BANK, seed: int = 0, **options: Any
 ) -> Tensor:
     """Widen a few labelled samples, each label's own among themselves; see `variation_bank`.
 
