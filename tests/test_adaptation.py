@@ -187,6 +187,17 @@ def test_a_rare_draw_of_the_start_s_does_not_make_others_fit():
     assert choose_anchor(pool, samples + torch.tensor([35.0, -35.0])) == 0
 
 
+@pytest.mark.parametrize("n", [2332, 2333])
+def test_a_last_draw_of_a_sample_or_two_decides_nothing(n: int):
+    def halves(n: int, share: float, seed: int) -> Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        side = (torch.rand(n, 1, generator=rng) < share).float() * 4 - 2
+        return side + 0.5 * torch.randn(n, 8, generator=rng)
+
+    # of the 7000 that are drawn from, n leaves 4 or 1 beside three draws
+    assert choose_anchor(halves(8000, 0.5, 1), halves(n, 0.85, 2)) == 0
+
+
 def clusters(n: int, of: list[int], seed: int) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     cluster = torch.tensor(of)[torch.randint(len(of), (n,), generator=rng)]

@@ -34,7 +34,8 @@ def choose_anchor(pool: Tensor, samples: Tensor) -> float:
     flat = samples.flatten(1)
     spread = torch.pdist(flat).mean().item() if len(samples) > 1 else 0.0
     some, rest = pool.tensor_split([min(COMPARED, len(pool) // 2)])
-    draws = rest.split(len(samples))[:20]
+    whole = max(len(rest) // len(samples), 1)  # a last one of a few samples is far by chance
+    draws = rest.split(len(samples))[: min(whole, 20)]
     distances = torch.stack([energy_distance(some, draw) for draw in draws])
     chance = distances.quantile(0.9).item()  # the largest of them is often an outlier's
     if energy_distance(some, samples).item() > max(0.03 * spread, chance):
