@@ -122,6 +122,13 @@ def test_images_of_many_sizes_and_no_classes_are_brought_to_one_size(hub: dict[s
         load(DataConfig(name="hub", dataset="other"))
 
 
+def test_grey_beside_colour_becomes_colour_in_both_parts(hub: dict[str, Part]) -> None:
+    for split, sizes in (("train", [(6, 5), (6, 5)]), ("test", [(6, 5), (6, 5, 3)])):
+        hub[split] = Part({"image": "Image"}, {"image": [pictures(1, size)[0] for size in sizes]})
+    train, test = load(DataConfig(name="hub", dataset="half-grey"))
+    assert train.images.shape == test.images.shape == (2, 3, 6, 5)
+
+
 def test_what_cannot_be_had_is_named(hub: dict[str, Part], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"data.dataset='a/b' cannot be read: no a/b$"):
         load(DataConfig(name="hub", dataset="a/b"))

@@ -237,6 +237,19 @@ def test_a_training_and_a_test_folder_are_the_two_parts(tmp_path: Path) -> None:
     assert part[1].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("coloured", ["train", "test"])
+def test_one_colour_picture_of_either_part_makes_both_rgb(tmp_path: Path, coloured: str) -> None:
+    root = folders(tmp_path, "train/a/0.png", "train/b/0.png", "test/a/0.png", "test/b/0.png")
+    grey = [pixels for pixels, _ in read_picture_folders(root)]
+    Image.new("RGB", (4, 3)).save(root / coloured / "b" / "1.png")
+    found = [pixels for pixels, _ in read_picture_folders(root)]
+    data = DataConfig(name="images", root=str(root))
+    assert [tuple(part.images.shape[1:]) for part in load(data)] == [image_shape(data)] * 2
+    assert image_shape(data) == (3, 3, 4)
+    other = ["test", "train"].index(coloured)
+    assert np.array_equal(found[other], grey[other].repeat(3, 1))
+
+
 def test_one_header_tells_the_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folders(tmp_path / "a", "cat/0.png", "dog/0.png")
     assert image_shape(DataConfig(name="images", root=str(root))) == (1, 3, 4)

@@ -15,6 +15,7 @@ from fl_wb.data.pictures import (
     Labels,
     Stack,
     grey_by_header,
+    in_one_form,
     pixels_of,
     suffixes,
 )
@@ -43,8 +44,8 @@ def read_picture_folders(root: Path) -> list[tuple[Bytes, Labels]]:
     Returns
     -------
     list[tuple[Bytes, Labels]]
-        Of each part, images (n, c, h, w), with one channel if all are grey and three otherwise, and
-        labels (n,).
+        Of each part, images (n, c, h, w), with one channel if all of both are grey and three
+        otherwise, and labels (n,).
 
     Raises
     ------
@@ -54,7 +55,7 @@ def read_picture_folders(root: Path) -> list[tuple[Bytes, Labels]]:
     """
     roots = part_folders(root)
     classes = _classes(roots[0])
-    parts = [_read(part, classes) for part in roots]
+    parts = in_one_form([_read(part, classes) for part in roots])
     sizes = [pixels.shape[1:] for pixels, _ in parts]
     if sizes[0] != sizes[-1]:
         raise DataError(f"{roots[0]} has pictures {sizes[0]}, but {roots[1]} has {sizes[1]}")
@@ -84,7 +85,7 @@ def picture_shape(root: Path) -> tuple[int, int, int]:
     """
     paths = [
         path
-        for part in part_folders(root)[:1]
+        for part in part_folders(root)
         for folder in class_folders(part)
         for path in pictures_in(folder, quiet=True)
     ]

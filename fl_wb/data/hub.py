@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ImageOps
 
-from fl_wb.data.pictures import Bytes, DataError, Labels, Stack, seen
+from fl_wb.data.pictures import Bytes, DataError, Labels, Stack, in_one_form, seen
 
 TEST_SPLITS = ("test", "validation", "valid")
 
@@ -66,7 +66,7 @@ def read_hub(
             break
         except ValueError:  # there is no such part
             continue
-    return [_part(part, dataset, shape, limit) for part in parts]
+    return in_one_form([_part(part, dataset, shape, limit) for part in parts])
 
 
 def _part(part: Any, dataset: str, shape: Sequence[int], limit: int | None) -> tuple[Bytes, Labels]:

@@ -165,6 +165,15 @@ class Stack:
         return np.stack([np.broadcast_to(p, shape) for p in self.pictures]).transpose(0, 3, 1, 2)
 
 
+def in_one_form(parts: list[tuple[Bytes, Labels]]) -> list[tuple[Bytes, Labels]]:
+    """Return parts of a data set, images (n, c, h, w) and labels, all RGB where one is."""
+    channels = max(pixels.shape[1] for pixels, _ in parts)
+    return [
+        (pixels if pixels.shape[1] == channels else pixels.repeat(channels, 1), labels)
+        for pixels, labels in parts
+    ]
+
+
 @cache
 def suffixes() -> frozenset[str]:
     """Return the endings of files that are taken for pictures, in lower case."""
