@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
@@ -151,6 +152,10 @@ def test_a_conditional_generator_is_one_of_one_tensor() -> None:
     assert undriven(one, given) is given
     assert undriven(one, one) is one
     assert driven(one, labels=5) is one
+    assert torch.equal(
+        generate(given, 9, seed=4, latent_dim=np.int64(2), labels=np.int64(3)),
+        generate(given, 9, seed=4, labels=3),
+    )
     assert latents_of(one).width == 3
 
 
@@ -177,6 +182,7 @@ def test_what_takes_normal_latents_alone_stays_as_it_is() -> None:
             r"called with \(5, torch.Generator\), must return finite ones \(5, 2\), not \(5, 3\)",
         ),
         ({"latents": lambda n, g: [0] * n}, "not list"),
+        ({"labels": 3, "source": 0, "code": Code([1, 1])}, "source= and labels=: which latents"),
     ],
 )
 def test_what_is_no_law_is_named(arguments: dict[str, Any], reason: str) -> None:

@@ -393,6 +393,22 @@ def enc_app(
     return made
 
 
+def test_what_of_an_encoder_is_frozen_or_unused_stays() -> None:
+    torch.manual_seed(0)
+    encoder = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 4), nn.Linear(3, 3)])
+    encoder[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in encoder.parameters()]
+
+    def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_variance = encoder[1](encoder[0](x)).chunk(2, dim=1)
+        return mean, log_variance
+
+    fit_encoder(encode, lambda z: z, encoder.parameters(), latent_dim=2, iterations=3)
+
+    same = [torch.equal(*pair) for pair in zip(encoder.parameters(), before, strict=True)]
+    assert same == [True, True, False, False, True, True]
+
+
 def test_the_rest_follows_its_nodes_though_their_generators_stay() -> None:
     seen: list[float] = []
     strategy().start(

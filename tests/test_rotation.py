@@ -119,6 +119,20 @@ def test_what_cannot_be_turned_is_left_as_it_is(make: Callable[[], nn.Module]):
     assert same(generator, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_turned_or_left(dtype: torch.dtype):
+    class Half(nn.Sequential):
+        def forward(self, z: Tensor) -> Tensor:
+            return super().forward(z.to(dtype)).float()
+
+    torch.manual_seed(0)
+    generator = Half(nn.Linear(4, 50)).to(dtype)
+    found = turned(generator, rounded, 4)
+    assert first(found).dtype == dtype
+    made, given = (generate(each, 500, latent_dim=4) for each in (found, generator))
+    assert energy_distance(made, given) < 0.1
+
+
 class Noisy(nn.Sequential):
     """Draws random numbers besides z."""
 

@@ -292,6 +292,24 @@ def test_normalisation_makes_up_for_other_activations(make: Callable[[], nn.Modu
         torch.testing.assert_close(student(z), teacher(z), atol=1e-3, rtol=0)
 
 
+def test_a_normalisation_that_is_called_by_keyword_is_matched():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.norm(input=self.first(z))
+
+    torch.manual_seed(0)
+    teacher, z = Named().eval(), torch.randn(500, 4)
+    student = copy_of(teacher)
+    with torch.no_grad():
+        student.first.weight.mul_(3)
+        take_statistics(student, teacher, z, seed=0)
+        torch.testing.assert_close(student(z), teacher(z), atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("planes", [0, 4, -1])
 def test_planes_out_of_range_are_refused(planes: int):
     with pytest.raises(ValueError, match=f"planes={planes} must be at least 1 and less than 4"):

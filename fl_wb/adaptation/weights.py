@@ -191,5 +191,6 @@ def cell_samples(
         m = max(min(CELL, CELLS // k, BYTES // (4 * size * k)), 2)
         cell = torch.arange(k).repeat_interleave(m)
         z = code.embed(cell, law.draw(len(cell), rng), latents=law)
-        parts: list[Tensor] = [generator(part.to(device)).cpu() for part in in_batches(z, 1000)]
-    return torch.cat(parts).float().unflatten(0, (k, m))
+        parts = [generator(part.to(device)).cpu() for part in in_batches(z, 1000)]
+    samples: Tensor = torch.cat(parts).float().unflatten(0, (k, m))
+    return samples

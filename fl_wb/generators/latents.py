@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -196,10 +197,10 @@ def frequencies(labels: int | Sequence[float] | Tensor | None) -> tuple[float, .
     """
     if labels is None:
         return ()
-    if isinstance(labels, int):
+    if isinstance(labels, int | np.integer):
         if not 0 < labels <= MOST_LABELS:
             raise ValueError(f"labels={labels} must be from 1 to {MOST_LABELS}")
-        return (1 / labels,) * labels
+        return (1 / int(labels),) * int(labels)
     counts = [float(count) for count in labels]
     total = math.fsum(counts)
     if not all(0 <= count < math.inf for count in counts) or not 0 < total < math.inf:

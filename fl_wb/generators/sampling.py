@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,12 +37,12 @@ def latent_dim_of(generator: nn.Module, latent_dim: int | None = None) -> int:
         If neither says it.
     """
     found = latent_dim if latent_dim is not None else getattr(generator, "latent_dim", None)
-    if not isinstance(found, int) or found < 1:
+    if not isinstance(found, int | np.integer) or found < 1:
         raise ValueError(
             f"the latent dimension of {type(generator).__name__} is unknown (got {found!r}): give "
             "the generator an integer attribute `latent_dim`, or pass `latent_dim=`"
         )
-    return found
+    return int(found)
 
 
 def latents_of(generator: nn.Module, latent_dim: int | None = None) -> Latents:
@@ -134,8 +135,10 @@ def generate(
     Raises
     ------
     ValueError
-        If there is no such source, or nobody says what the cells are.
+        If there is no such source, nobody says what the cells are, or there are labels, too.
     """
+    if source is not None and labels is not None:
+        raise ValueError("source= and labels=: which latents are a source's hangs on the label")
     made = driven(generator, latent_dim, labels, latents)
     return generate_rows(
         made if source is None else _cell(made, source, code, latent_dim),

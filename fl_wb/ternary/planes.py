@@ -143,11 +143,12 @@ def take_statistics(student: nn.Module, teacher: nn.Module, z: Tensor, seed: int
     """
     moments: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def note(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        moments[norm] = _moments(inputs[0])
+    def note(norm: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        moments[norm] = _moments((*given, *named.values())[0])
 
-    def match(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        (mean, std), (wanted, wanted_std) = _moments(inputs[0]), moments[model[norm]]
+    def match(norm: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        mean, std = _moments((*given, *named.values())[0])
+        wanted, wanted_std = moments[model[norm]]
         gain, own = std / wanted_std, model[norm]
         epsilon: float = own.eps
         variance = own.get_buffer("running_var") + epsilon
@@ -160,8 +161,8 @@ def take_statistics(student: nn.Module, teacher: nn.Module, z: Tensor, seed: int
         for name, norm in teacher.named_modules()
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
     }
-    hooks = [norm.register_forward_pre_hook(note) for norm in model.values()]
-    hooks += [norm.register_forward_pre_hook(match) for norm in model]
+    hooks = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in model.values()]
+    hooks += [norm.register_forward_pre_hook(match, with_kwargs=True) for norm in model]
     try:
         for network in (teacher, student):  # in this order
             with own_random_numbers(seed):

@@ -44,9 +44,10 @@ def turned(
         return generator
     rng = torch.Generator(device_of(generator)).manual_seed(seed)
     with torch.no_grad():
-        rotation = nearest_rotation(first.weight, project, rng)
-        weight = first.weight @ rotation
-        if (project(weight) - weight).norm() >= (project(first.weight) - first.weight).norm():
+        own = first.weight.float()  # half precision has no such decompositions
+        rotation = nearest_rotation(own, project, rng)
+        weight = own @ rotation
+        if (project(weight) - weight).norm() >= (project(own) - own).norm():
             return generator
         first.weight.copy_(weight)
         z = torch.randn(64, latent_dim, generator=rng, device=rng.device)

@@ -42,7 +42,7 @@ def fit_encoder(
     decode : callable
         Latents (n, latent_dim) to samples (n, ...); called without a graph.
     parameters : iterable of nn.Parameter
-        The encoder's. No others change.
+        The encoder's. No others change, nor do those that require no gradient.
     latent_dim : int
         Dimension of z.
     noise : float
@@ -60,7 +60,7 @@ def fit_encoder(
     float
         The last loss.
     """
-    trained = list(parameters)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     device = trained[0].device
     rng = torch.Generator(device).manual_seed(seed)
     adam = torch.optim.Adam(trained, lr=lr)
@@ -74,7 +74,8 @@ def fit_encoder(
             mean, log_variance = encode(samples)
         log_variance = log_variance.clamp(-12, 12)  # an encoder that is sure has no bottom
         loss = 0.5 * (log_variance + (z - mean).square() / log_variance.exp()).sum(1).mean()
-        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+        for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         adam.step()
         adam.zero_grad()
