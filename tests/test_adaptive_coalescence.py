@@ -329,8 +329,11 @@ def test_a_round_whose_model_nobody_gets_merges_nothing(evaluate_fn: Any, stages
 
 
 @pytest.mark.parametrize(("max_age", "merged"), [(None, [2, 2, 2]), (0, [2, 1, 1]), (1, [2, 2, 1])])
-def test_old_uploads_count_as_long_as_they_may(max_age: int | None, merged: list[int]) -> None:
-    # Prepare: node 12 trains in the first round alone
+@pytest.mark.parametrize("moves", [100, 0])
+def test_old_uploads_count_as_long_as_they_may(
+    moves: int, max_age: int | None, merged: list[int]
+) -> None:
+    # Prepare: node 12 trains in the first round alone, and node 11 perhaps sends the same again
     made = ClientApp()
 
     @made.train()
@@ -338,7 +341,7 @@ def test_old_uploads_count_as_long_as_they_may(max_age: int | None, merged: list
         server_round = message.content["config"]["server-round"]
         if server_round > 1 and context.node_id == 12:
             raise RuntimeError("busy")
-        return reply(message, ArrayRecord(seeded_state(100 * server_round + context.node_id)))
+        return reply(message, ArrayRecord(seeded_state(moves * server_round + context.node_id)))
 
     # Execute
     result = start(strategy(max_age=max_age), InProcessGrid(made, nodes=2), rounds=3)

@@ -157,13 +157,14 @@ class Coalescence:
 
     def merged(self, server_round: int, connected: Collection[int]) -> ArrayRecord | None:
         """Return the model of all uploads that count; None if it is still the one that was."""
+        self._drop_old(server_round)
         if not self.uploads.changed:
             return self._unchanged(server_round)
         if self._max_age is None and (
             folded := self.uploads.fold(connected, self._barycenter, self._max_share)
         ):
             log(INFO, "aggregate_train: folded the generators of %d nodes that left", folded)
-        merged = self._barycenter(self._counted(server_round))
+        merged = self._barycenter(self.uploads.ordered())
         if merged is None:
             return None
         self.uploads.merged(afresh=self._afresh or self._merged is None)
@@ -231,13 +232,11 @@ class Coalescence:
         for index, why in outliers(samples, threshold=self._screening, seed=seed):
             self._drop(nodes[index], f"{why} (screening={self._screening})")
 
-    def _counted(self, server_round: int) -> list[Upload]:
-        """Return the uploads that count, and forget those that are too old."""
+    def _drop_old(self, server_round: int) -> None:
         if self._max_age is not None:
             for node_id, upload in self.uploads.of_nodes().items():
                 if server_round - upload.round > self._max_age:
                     self._drop(node_id, f"it is of round {upload.round} (max_age={self._max_age})")
-        return self.uploads.ordered()
 
     def _barycenter(self, uploads: Sequence[Upload]) -> State | None:
         """Merge uploads, without those that turn out to be of no use; None if it fails."""
