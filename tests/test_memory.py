@@ -322,3 +322,23 @@ def test_files_that_the_memory_did_not_write_stay(tmp_path: Path) -> None:
     session(tmp_path, [11, 12])
     session(tmp_path, [13])
     assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("where", ["stages", "uploads"])
+def test_an_index_that_names_files_elsewhere_deletes_none(
+    where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session(tmp_path / "store", [11, 12])
+    theirs = tmp_path / "theirs.safetensors"
+    theirs.write_bytes(b"somebody's")
+    path = tmp_path / "store" / "nodes" / "index.json"
+    index = json.loads(path.read_text())
+    if where == "stages":
+        index["stages"].append("../../theirs")
+    else:
+        index["uploads"]["11"]["mean"] = "../../theirs"
+    path.write_text(json.dumps(index))
+    session(tmp_path / "store", [13])
+    session(tmp_path / "store", [14])
+    assert theirs.read_bytes() == b"somebody's"
+    assert "'../../theirs' is no name of its files" in caplog.text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -30,6 +31,7 @@ log = logging.getLogger("flwr")
 
 VERSION = 1
 INDEX = "index.json"
+NAME = re.compile(r"[\w-]*")  # of a file in its folder, and nowhere else
 
 
 class Memory:
@@ -115,6 +117,9 @@ class Memory:
                 named |= {file, str(entry.get("mean", ""))}
                 upload = Upload(**entry | {"labels": tuple(entry.get("labels", ()))})
                 found[key] = replace(upload, round=upload.round - index["round"]), file
+            for name in (*named, *stages):  # they are deleted one day
+                if not NAME.fullmatch(name):
+                    raise ValueError(f"{name[:100]!r} is no name of its files")
         except FileNotFoundError:
             return uploads, None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
