@@ -12,7 +12,15 @@ import torch
 from scipy.stats import kstest
 from torch import Tensor, nn
 
-from fl_wb.adaptation import Adaptation, adapt, fast_adaptation, fit_gate, folded, own_start
+from fl_wb.adaptation import (
+    Adaptation,
+    adapt,
+    fast_adaptation,
+    fit_gate,
+    folded,
+    gates,
+    own_start,
+)
 from fl_wb.adaptation.anchor import choose_anchor
 from fl_wb.adaptation.gates import asked_for
 from fl_wb.clients.fast_adaptation import make_own
@@ -174,6 +182,22 @@ def test_what_needs_no_gate_gets_none():
     for n in (2, 3, 20, 100):
         assert fit_gate(start, generate(start, n, seed=7)) is None
     assert own_start(start, Code((1, 1)), generate(start, 400, seed=7)) is start
+
+
+@pytest.mark.parametrize(
+    ("n", "points", "stays"), [(200, 4, True), (50, 4, False), (200, 2, False)]
+)
+def test_many_samples_have_to_be_nearer_to_what_is_fitted(
+    n: int, points: int, stays: bool, monkeypatch: pytest.MonkeyPatch
+):
+    # whatever is fitted has only two of the four clusters
+    start, code = Points(), Code((1, 1))
+    fitted = reweighted(start, code, (1.0, 0.0))
+    monkeypatch.setattr(gates, "fit_weights", lambda *_, **__: fitted.weights)
+    monkeypatch.setattr(gates, "fit_gate", lambda *_, **__: None)
+    has = sorted(generate(fitted, 500).round().flatten().unique().tolist())
+    few = few_of([0.0, 1.0, 2.0, 3.0] if points == 4 else has, n // points)
+    assert (own_start(start, code, few) is start) is stays
 
 
 @pytest.mark.usefixtures("quick_gate")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fl_wb.picks import spread_out
 from fl_wb.transport import energy_distance
 
 COMPARED = 1000
@@ -18,6 +19,21 @@ ANCHORED = 100
 
 STRANGE = 3.0
 """A start fits unless so many times more of its samples are far from the few than by chance."""
+
+JUDGED = 100
+"""Of so many samples or more, one in `FOLD` is left out, to judge by.
+
+Of fewer, each is worth more as a sample to learn from, and those left out can mislead.
+"""
+
+FOLD = 10
+
+
+def leave_out(samples: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Return samples to learn from and, on the CPU, up to `COMPARED` of others to judge by."""
+    out = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+    out[spread_out(len(samples), len(samples) // FOLD, seed)] = True
+    return samples[~out], samples[out][:COMPARED].cpu()
 
 
 def choose_anchor(pool: Tensor, samples: Tensor) -> float:

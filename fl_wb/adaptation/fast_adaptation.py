@@ -30,7 +30,7 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from fl_wb.adaptation.anchor import COMPARED, choose_anchor, worse
+from fl_wb.adaptation.anchor import COMPARED, JUDGED, choose_anchor, leave_out, worse
 from fl_wb.adaptation.gates import asked_for
 from fl_wb.adaptation.samples import check_samples
 from fl_wb.adaptation.variation import (
@@ -52,7 +52,6 @@ from fl_wb.generators.sampling import (
     latents_of,
     undriven,
 )
-from fl_wb.picks import spread_out
 from fl_wb.settings import Settings, at_least, one_of
 from fl_wb.training.checkpoints import Checkpoint
 from fl_wb.training.conditional import (
@@ -82,14 +81,6 @@ WIDENED = 2000
 
 SCARCE = 20
 """Up to so many samples, all are widened; of n more, a share of 1 - SCARCE / n is learned as is."""
-
-JUDGED = 100
-"""Of so many samples or more, one in `FOLD` is left out, to judge by.
-
-Of fewer, each is worth more as a sample to learn from, and those left out can mislead.
-"""
-
-FOLD = 10
 
 MANY = 4000
 """Of more samples, so many are drawn: all pairs are compared, and the bank holds no more."""
@@ -221,11 +212,9 @@ def adapt(
         fresh = critic() if critic else MLPCritic(form.shape if form else pool.shape[1:])
         fresh = labelled_critic(fresh, form) if form else fresh
     few = samples.detach().to(device_of(start), pool.dtype)
-    left_out = torch.zeros(len(few), dtype=torch.bool, device=few.device)
-    left_out[spread_out(len(few), len(few) // FOLD, seed)] = True
     judged = settings.method != "plain" and not settings.fresh and len(few) >= JUDGED
     if judged:
-        few, unseen = few[~left_out], few[left_out][:COMPARED].cpu()
+        few, unseen = leave_out(few, seed)
     real, regularizer = resample(few), None
     then = callback
     if settings.method != "plain":
