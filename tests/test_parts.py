@@ -19,7 +19,6 @@ from fl_wb.clients import FastAdaptation, fast_adaptation
 from fl_wb.messages import generator_part
 from fl_wb.strategies import AdaptiveCoalescence
 from fl_wb.testing.in_process_grid import InProcessGrid
-from fl_wb.training.encoder import fit_encoder
 from tests.toys import ADAPTATION, STAGE, TERNARIZATION, reply
 
 KEYS = ("fc3.", "decoder.")
@@ -341,35 +340,6 @@ def test_a_counter_that_fedavg_averaged_before_is_no_obstacle() -> None:
     assert (counter.dtype, float(counter.numpy())) == ("float64", 12)  # as initial_arrays has it
 
 
-def test_an_encoder_finds_the_latents_of_a_linear_decoder() -> None:
-    # Prepare: x = 2 z + 1, so the encoder's mean is (x - 1) / 2
-    encoder = nn.Linear(2, 4)
-    with torch.no_grad():  # from zero: the test must not depend on the random state
-        encoder.weight.zero_()
-        encoder.bias.zero_()
-
-    def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, log_variance = encoder(x).chunk(2, dim=1)
-        return mean, log_variance
-
-    # Execute
-    fit_encoder(
-        encode,
-        lambda z: 2 * z + 1,
-        encoder.parameters(),
-        latent_dim=2,
-        noise=0.2,
-        iterations=1600,
-        lr=2e-2,
-    )
-
-    # Assert: with noise of 0.2 the latent is known up to 0.1 (the posterior's variance 0.0099)
-    x = torch.tensor([[1.0, 3.0]])
-    mean, log_variance = encode(x)
-    assert torch.allclose(mean, torch.tensor([[0.0, 1.0]]), atol=0.05)
-    assert torch.allclose(log_variance.exp(), torch.full((1, 2), 0.0099), atol=0.003)
-
-
 def enc_app(
     values: Any,
     weights: dict[int, float] | None = None,
@@ -391,22 +361,6 @@ def enc_app(
         return reply(message, ArrayRecord(state), (weights or {}).get(context.node_id, 1.0))
 
     return made
-
-
-def test_what_of_an_encoder_is_frozen_or_unused_stays() -> None:
-    torch.manual_seed(0)
-    encoder = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 4), nn.Linear(3, 3)])
-    encoder[0].requires_grad_(False)
-    before = [parameter.clone() for parameter in encoder.parameters()]
-
-    def encode(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, log_variance = encoder[1](encoder[0](x)).chunk(2, dim=1)
-        return mean, log_variance
-
-    fit_encoder(encode, lambda z: z, encoder.parameters(), latent_dim=2, iterations=3)
-
-    same = [torch.equal(*pair) for pair in zip(encoder.parameters(), before, strict=True)]
-    assert same == [True, True, False, False, True, True]
 
 
 def test_the_rest_follows_its_nodes_though_their_generators_stay() -> None:
@@ -435,26 +389,3 @@ def test_no_node_weighs_more_than_max_share_in_an_average() -> None:
     expected = pytest.approx((3 * 100 + 2 * 1) / 5)  # three times the mean of the others
     assert float(found.arrays["fc1.bias"].numpy()[0]) == expected
     assert sent[11][1] == sent[13][1] == expected
-
-
-def test_an_encoder_that_drops_out_follows_the_seed() -> None:
-    last = []
-    for outside in (1, 2):
-        encoder = nn.Linear(2, 4)
-        with torch.no_grad():
-            encoder.weight.fill_(0.1)
-            encoder.bias.zero_()
-        torch.manual_seed(outside)
-        drop, before = nn.Dropout(0.5), torch.random.get_rng_state()
-
-        def encode(
-            x: torch.Tensor, encoder: nn.Module = encoder, drop: nn.Module = drop
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            mean, log_variance = encoder(drop(x)).chunk(2, dim=1)
-            return mean, log_variance
-
-        last.append(
-            fit_encoder(encode, lambda z: z, encoder.parameters(), latent_dim=2, iterations=5)
-        )
-        assert torch.random.get_rng_state().equal(before)
-    assert last[0] == last[1]
