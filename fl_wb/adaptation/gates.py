@@ -40,7 +40,7 @@ NEAR = 0.05
 
 NEARER = 0.75
 """Times the energy distance of the shared barycenter, at most: with a hundred digits of each of all
-its classes, a fitted one had .9 to 1.2 times as much to them, and twice as much to others."""
+its classes, a fitted one had .9 to 1.2 times as much to them, and 1.1 to 1.4 times to others."""
 
 WIDTH, ITERATIONS, BATCH, RATE = 64, 1500, 512, 1e-2
 

@@ -190,7 +190,7 @@ class Merge:
                 log.warning("%s: its start has learned nothing; it starts as another", name)
                 student, key = self._student(measures[attempt:], None), f"{key}-{attempt}"
             student, far = self._trained(measures, student, critics, key, callback)
-            if far < least:
+            if not least <= far:  # nor of a first one of which nothing can be said
                 best, least = student, far
             if far <= MISSED or self.settings.iterations <= 10 * TIMED:
                 break
