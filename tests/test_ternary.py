@@ -55,13 +55,14 @@ class Layers(nn.Module):
 
 
 class TiedWeights(nn.Module):
-    """Two layers that share one weight."""
+    """Two of three layers share one weight."""
 
-    latent_dim = 4
-
-    def __init__(self) -> None:
+    def __init__(self, latent_dim: int = 4) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        self.latent_dim, d = latent_dim, latent_dim
+        self.net = nn.Sequential(
+            nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d)
+        )
         self.net[2].weight = self.net[0].weight
 
     def forward(self, z: Tensor) -> Tensor:
@@ -360,6 +361,22 @@ def test_odd_layers_stay_finite_and_pack(make: Callable[[], nn.Module]):
     samples = generate(ternary, 20)
     assert torch.isfinite(samples).all()
     assert generate(unpack(pack(ternary), make()), 20).equal(samples)
+
+
+def test_what_layers_that_share_a_weight_have_learned_is_what_comes_back():
+    torch.manual_seed(1)
+    generator = TiedWeights(16)
+    losses: list[float] = []
+
+    ternary = ternarize(
+        generator,
+        settings=quick(300, energy=0, threshold_lr=1e-2),
+        callback=lambda done, total, loss: losses.append(loss["distillation"]),
+    )
+
+    z = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))
+    distance = (ternary(z) - generator(z)).abs().mean().item() * 4  # of 16 values: its root
+    assert distance == pytest.approx(sum(losses[-20:]) / 20, rel=0.05)
 
 
 def test_a_generator_without_layers_is_refused():

@@ -177,20 +177,22 @@ def _distilled(
         )
     rng = torch.Generator(device_of(teacher)).manual_seed(seed)
     z = latents.draw(STATISTICS, rng)
-    planes = planes_needed(teacher, z, settings.planes, seed)
-    weights, thresholds = [], []
-    for layer, count in zip(layers, planes, strict=True):
-        weight = layer.get_parameter("weight")
-        ternary = Ternary(weight, count).to(weight.device)
+    weights = [layer.get_parameter("weight") for layer in layers]
+    planes: dict[nn.Parameter, int] = {}  # of a weight that layers share, as many as any needs
+    for weight, needed in zip(
+        weights, planes_needed(teacher, z, settings.planes, seed), strict=True
+    ):
+        planes[weight] = max(needed, planes.get(weight, 1))
+    ternaries = {w: Ternary(w, count).to(w.device) for w, count in planes.items()}
+    for layer, weight in zip(layers, weights, strict=True):
         # unsafe: the parametrization cannot be inverted, and need not be
-        parametrize.register_parametrization(layer, "weight", ternary, unsafe=True)
-        weights.append(weight)
-        thresholds.append(ternary.threshold)
+        parametrize.register_parametrization(layer, "weight", ternaries[weight], unsafe=True)
+    thresholds = [ternary.threshold for ternary in ternaries.values()]
     # Ternary weights give other activations, to which the normalisation is matched: once, because
     # learning with the statistics of every batch measured worse, and far worse with convolutions.
     take_statistics(student.eval(), teacher, z, seed)
     start = copy.deepcopy(student.state_dict())
-    apart = {id(parameter) for parameter in (*weights, *thresholds)}
+    apart = {id(parameter) for parameter in (*ternaries, *thresholds)}
     others = [p for p in student.parameters() if id(p) not in apart]
     distill(
         student,
@@ -200,16 +202,19 @@ def _distilled(
         seed=seed,
         # The weights settle first; what stays in full precision then makes up for what they became.
         groups=[
-            # once each, also where layers share one
-            {"params": list(dict.fromkeys(weights)), "until": SETTLED},
+            {"params": list(ternaries), "until": SETTLED},
             {"params": thresholds, "lr": settings.threshold_lr, "until": SETTLED},
             {"params": others, "lr": REST_LR},
         ],
         callback=callback,
     )
     _check(student, teacher, start, z, seed)
-    for layer in layers:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    with torch.no_grad():
+        found = {weight: ternary(weight) for weight, ternary in ternaries.items()}
+        for layer in layers:
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+        for weight, value in found.items():
+            weight.copy_(value)
     # A copy, because a weight whose parametrization was removed comes last in its layer's state,
     # and many a Flower app sends a state's values in order, without their names.
     plain = copy_of(teacher)
