@@ -24,7 +24,12 @@ from fl_wb.generators.sampling import driven, generate, generate_rows
 from fl_wb.metrics import augmentation, compare, evaluate, train_features
 from fl_wb.ternary import PackedFileError, load, pack, save, ternarize, unpack
 from fl_wb.ternary.numpy_reader import PackedGenerator
-from fl_wb.training.conditional import Labelled, LabelledGenerator, labelled_critic
+from fl_wb.training.conditional import (
+    Labelled,
+    LabelledGenerator,
+    label_counts,
+    labelled_critic,
+)
 from fl_wb.training.distillation import Distillation
 from fl_wb.training.wgan import Training, critic_loss, resample, train_wgan
 from tests.points import same
@@ -424,3 +429,11 @@ def test_the_stage_of_a_conditional_merge_is_found_again(tmp_path: Path) -> None
     assert same(first, merged([[1, 1, 0], [0, 1, 1]]))
     assert len(list((tmp_path / "stages").iterdir())) == 1
     assert not same(first, merged([[1, 0, 0], [0, 1, 1]]))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int8, torch.int16])
+def test_labels_of_few_bits_are_counted(kind: torch.dtype) -> None:
+    counts = label_counts(torch.tensor([0, 3, 100], dtype=kind), 300)
+    assert (sum(counts), counts[3], counts[100]) == (3, 1, 1)
+    with pytest.raises(ValueError, match="from 0 to 3, not"):
+        label_counts(torch.tensor([0, 100], dtype=kind), 4)

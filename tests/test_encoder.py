@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -51,6 +52,12 @@ def test_what_of_an_encoder_is_frozen_or_unused_stays() -> None:
 
     same = [torch.equal(*pair) for pair in zip(encoder.parameters(), before, strict=True)]
     assert same == [True, True, False, False, True, True]
+
+
+def test_an_encoder_that_is_frozen_is_refused() -> None:
+    encoder = nn.Linear(2, 4).requires_grad_(False)
+    with pytest.raises(ValueError, match="none requires a gradient"):
+        fit_encoder(lambda x: (x, x), lambda z: z, encoder.parameters(), latent_dim=2)
 
 
 def test_an_encoder_that_drops_out_follows_the_seed() -> None:

@@ -128,7 +128,8 @@ def labelled(
 def check_labels(labels: Tensor, n: int, number: int) -> None:
     """Raise ValueError unless there are n labels, integers from 0 to number - 1."""
     good = labels.shape == (n,) and not labels.is_floating_point()
-    if not good or not bool(((labels >= 0) & (labels < number)).all()):
+    whole = labels.long() if good else labels  # bytes have no number to be compared with
+    if not good or not bool(((whole >= 0) & (whole < number)).all()):
         raise ValueError(
             f"{n} samples need one integer label each, from 0 to {number - 1}, not "
             f"{labels.dtype} {tuple(labels.shape)}: {labels.flatten()[:10].tolist()}"

@@ -59,8 +59,15 @@ def fit_encoder(
     -------
     float
         The last loss.
+
+    Raises
+    ------
+    ValueError
+        If no parameter requires a gradient.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trained:
+        raise ValueError("parameters: none requires a gradient, so that nothing could be fitted")
     device = trained[0].device
     rng = torch.Generator(device).manual_seed(seed)
     adam = torch.optim.Adam(trained, lr=lr)
