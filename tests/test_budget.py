@@ -18,7 +18,7 @@ from fl_wb.barycenter import Measure, Stage, recursive_barycenter
 from fl_wb.generators.networks import ConvGenerator, MLPGenerator, make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.strategies import AdaptiveCoalescence
-from fl_wb.training.distillation import Distillation
+from fl_wb.training.distillation import CoupledPairs, Distillation
 from fl_wb.training.wgan import Training
 from tests.points import Gaussian, critic, same
 
@@ -59,6 +59,28 @@ def test_a_stage_says_how_long_it_will_take(caplog: pytest.LogCaptureFixture, wg
     (said,) = re.findall(rf"Stage 1 of 1: about (\d+) s \({210 + wgan} iterations\)", caplog.text)
     steps = 210 + 3 * wgan  # an iteration of the WGAN calls the network thrice
     assert 0.75 * steps * PAUSE <= int(said) <= 4 * steps * PAUSE
+
+
+def test_a_stage_says_how_long_its_pairs_are_coupled_anew(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took: list[float] = []
+    renew = CoupledPairs.renew
+
+    def slow(pairs: CoupledPairs, student: nn.Module, rng: torch.Generator) -> None:
+        began = time.perf_counter()
+        time.sleep(0.001 * len(pairs.z))
+        renew(pairs, student, rng)
+        took.append(time.perf_counter() - began)
+
+    monkeypatch.setattr(CoupledPairs, "renew", slow)
+    stage = Stage(distillation=Distillation(iterations=210, batch_size=8), coupled=True)
+    recursive_barycenter([Gaussian((k, 0.0)) for k in (0.0, 1.0)], stage=stage, critic=critic)
+
+    (said,) = re.findall(r"Stage 1 of 1: about (\d+) s \(210 iterations\)", caplog.text)
+    few, *whole = took  # by a part of the pairs it is said
+    assert len(whole) == 2 and few < min(whole) / 5
+    assert 0.75 * sum(whole) <= int(said) <= 4 * sum(whole)
 
 
 def test_every_stage_that_is_trained_says_it(

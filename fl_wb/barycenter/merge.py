@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from fl_wb.barycenter.scales import rescale, scales
-from fl_wb.barycenter.stage import VERSION, Stage, check_conditional
+from fl_wb.barycenter.stage import Stage, check_conditional, key_of
 from fl_wb.barycenter.teachers import (
     Measure,
     Pool,
@@ -91,8 +90,7 @@ class Merge:
     ) -> tuple[nn.Module, str]:
         """Merge measures; returns the merged generator and its key in the store.
 
-        The student starts as ``initial``, or else as the first measure's generator. The log says
-        how long what has this name will take.
+        The student starts as ``initial``, else as the first measure's generator. The log names it.
         """
         student = self._student(measures, initial)
         critics = self._critics()
@@ -112,12 +110,12 @@ class Merge:
     def seconds(self, measures: Sequence[Measure], initial: nn.Module | None = None) -> float:
         """Return how long a stage of these measures will train: some iterations of it say."""
         settings, ends = self.settings, (list[float](), list[float]())
+        training = settings.training
         few = replace(
             settings,
+            coupled=False,
             distillation=replace(settings.distillation, iterations=TIMED),
-            training=replace(
-                settings.training, iterations=min(TIMED, settings.training.iterations), warmup=0
-            ),
+            training=replace(training, iterations=min(TIMED, training.iterations), warmup=0),
         )
 
         def told(done: int, total: int, losses: dict[str, float]) -> None:
@@ -130,11 +128,18 @@ class Merge:
         except UselessMeasures as found:
             raise UselessMeasures(found.why | self.useless(measures, initial)) from found
         step, distilled = ((end[-1] - end[0]) / (len(end) - 1) if end[1:] else 0.0 for end in ends)
-        training = settings.training
         warmup = training.warmup / training.critic_steps if training.iterations else 0
-        return distilled * (settings.iterations - training.iterations) + step * (
-            training.iterations + warmup
-        )
+        distilling = distilled * (settings.iterations - training.iterations)
+        if settings.coupled and distilling:
+            distilling += self._coupling(once, measures[:2], student)
+        return distilling + step * (training.iterations + warmup)
+
+    def _coupling(self, few: Merge, measures: Sequence[Measure], student: nn.Module) -> float:
+        """Return how long pairs will be coupled anew, by those of few iterations."""
+        rng, wanted = torch.Generator(self.device), self.settings.distillation.drawn(student)
+        size = pool_size(measures[0], student, self.latents.width, wanted, self.device)
+        pool = few._pool([self._on_device(measure) for measure in measures], rng, student)
+        return pool.coupled().seconds(student, size)
 
     def useless(
         self, measures: Sequence[Measure], initial: nn.Module | None = None
@@ -219,7 +224,7 @@ class Merge:
         if settings.start == "distilled":
             distill(
                 student,
-                pool.pairs(),
+                pool.coupled() if settings.coupled else pool.pairs(),
                 settings.distillation,
                 seed=seed,
                 callback=callback,
@@ -254,9 +259,8 @@ class Merge:
         )
 
     def _pool(self, measures: Sequence[Measure], rng: torch.Generator, student: nn.Module) -> Pool:
-        settings = self.settings
-        batch = settings.distillation.batch(student)
-        wanted = max(settings.distillation.iterations * batch, 1)
+        settings, batch = self.settings, self.settings.distillation.batch(student)
+        wanted = max(settings.distillation.drawn(student), 1)
         if settings.start == "previous":  # then a critic's samples are all that is needed
             wanted = max(settings.training.reals, 1)
         if settings.geodesic != "displacement":
@@ -286,13 +290,11 @@ class Merge:
         with torch.no_grad():
             does = student(z).cpu()
         total = math.fsum(measure.weight for measure in measures)
-        went_in = {
-            "version": VERSION,
-            "measures": [[m.digest, m.weight / total, *m.labels] for m in measures],
-            "start": fingerprint(student, z),
-            "critics": [fingerprint(copy_of(critic).cpu().eval(), does) for critic in critics],
-            "settings": {k: v for k, v in asdict(self.settings).items() if k != "budget"},
-            "seed": self.seed,
-            "device": self.device.type,
-        }
-        return hashlib.sha256(json.dumps(went_in, sort_keys=True).encode()).hexdigest()
+        return key_of(
+            self.settings,
+            measures=[[m.digest, m.weight / total, *m.labels] for m in measures],
+            start=fingerprint(student, z),
+            critics=[fingerprint(copy_of(critic).cpu().eval(), does) for critic in critics],
+            seed=self.seed,
+            device=self.device.type,
+        )

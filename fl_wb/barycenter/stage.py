@@ -7,10 +7,12 @@ where the heavier measure alone would be optimal.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
-from dataclasses import dataclass, field, replace
-from typing import Annotated
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any
 
 from torch import nn
 
@@ -55,6 +57,10 @@ class Stage(Settings):
     distillation
         How the distilled start is made; its iterations are those of ten measures or fewer, its
         batches small if the generators are convolutional (see `of_measures`).
+    coupled
+        Whether the pairs are coupled anew on the way with what the student makes
+        (`fl_wb.training.distillation.CoupledPairs`): for networks that are small for what is
+        merged, as small convolutional ones are. A large one comes out less near by it.
     training
         The WGAN-GP that follows.
     budget
@@ -69,6 +75,7 @@ class Stage(Settings):
     distillation: Distillation = field(
         default_factory=lambda: Distillation(iterations=2500, lr=1e-2)
     )
+    coupled: bool = False
     training: Training = field(default_factory=lambda: Training(iterations=0, warmup=100))
     budget: Annotated[float, above(0)] | None = None
 
@@ -85,6 +92,13 @@ class Stage(Settings):
     def quick(cls) -> Stage:
         """Return settings with the small batches of convolutional generators, for any."""
         return cls(distillation=Distillation(iterations=2500, batch_size=32, lr=1e-2))
+
+    def of_result(self) -> dict[str, Any]:
+        """Return what a stage's result depends on: not the budget, which shows in the iterations.
+
+        What is off is not in it, as it was before there was such a thing.
+        """
+        return {k: v for k, v in asdict(self).items() if k != "budget" and v is not False}
 
     @property
     def iterations(self) -> int:
@@ -163,6 +177,12 @@ def stage_of(
         distillation = replace(settings.distillation, iterations=iterations)
         return replace(settings, distillation=distillation)
     return replace(settings, training=replace(settings.training, iterations=iterations))
+
+
+def key_of(settings: Stage, **went_in: object) -> str:
+    """Name a stage by all that its result depends on."""
+    named = {"version": VERSION, "settings": settings.of_result(), **went_in}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 def check_conditional(settings: Stage) -> None:

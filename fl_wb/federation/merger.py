@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Merger:
         if not isinstance(law, str):
             law = f"{law.__module__}.{getattr(law, '__qualname__', type(law).__qualname__)}"
         return {
-            "stage": {k: v for k, v in asdict(self.stage).items() if k != "budget"},
+            "stage": self.stage.of_result(),
             "fan_in": self.fan_in,
             "labels": self.labels,
             "latents": law,
