@@ -127,12 +127,13 @@ class Merge:
             once._trained(measures[:2], student, self._critics(), f"{0:015}", told)
         except UselessMeasures as found:
             raise UselessMeasures(found.why | self.useless(measures, initial)) from found
-        step, distilled = ((end[-1] - end[0]) / (len(end) - 1) if end[1:] else 0.0 for end in ends)
-        warmup = training.warmup / training.critic_steps if training.iterations else 0
+        # a median: halfway, statistics are taken, which is done as often however long a stage is
+        steps = [torch.tensor(end, dtype=torch.float64).diff().median() for end in ends]
+        step, distilled = (0.0 if each.isnan() else each.item() for each in steps)
         distilling = distilled * (settings.iterations - training.iterations)
         if settings.coupled and distilling:
             distilling += self._coupling(once, measures[:2], student)
-        return distilling + step * (training.iterations + warmup)
+        return distilling + step * (training.iterations + training.warmup / training.critic_steps)
 
     def _coupling(self, few: Merge, measures: Sequence[Measure], student: nn.Module) -> float:
         """Return how long pairs will be coupled anew, by those of few iterations."""
@@ -275,8 +276,7 @@ class Merge:
         return resample(samples_of(measure, generator, self.latents.draw(size, rng)))
 
     def _critics(self) -> list[nn.Module]:
-        # Fresh in every stage, from the seed alone: the caller's random state neither decides
-        # the result nor is moved by it.
+        # from the seed alone: the caller's random state neither decides the result nor is moved
         number = 2 if self.settings.geodesic == "two_critics" else 1
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
