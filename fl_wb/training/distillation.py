@@ -91,8 +91,9 @@ class CoupledPairs(nn.Module):
         if not made.isfinite().all():
             return
         shuffled = torch.randperm(len(self.z), generator=rng, device=rng.device)
-        for group in self.group.unique():
-            for part in shuffled[self.group[shuffled] == group].split(TOGETHER):
+        sizes = self.group.unique(return_counts=True)[1].tolist()
+        for group in shuffled[self.group[shuffled].argsort(stable=True)].split(sizes):
+            for part in group.split(TOGETHER):
                 there = self.order[part]
                 self.order[part] = there[coupling(made[part], self.x[there]).to(there.device)]
 
