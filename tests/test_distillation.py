@@ -162,6 +162,18 @@ def test_pairs_stay_where_a_student_makes_what_is_not_finite() -> None:
     assert pairs.order.equal(torch.arange(600))
 
 
+def test_pairs_are_coupled_with_random_numbers_of_their_own() -> None:
+    students = []
+    with torch.random.fork_rng():
+        for outside in (1, 2):
+            torch.manual_seed(outside)
+            before = torch.get_rng_state()
+            students.append(nn.Sequential(Gaussian((0.0, 0.0)), nn.Dropout(0.5)))
+            distill(students[-1], shuffled(60), SHORT)
+            assert torch.get_rng_state().equal(before)
+    assert same(*students)
+
+
 def test_a_student_learns_pairs_in_no_order_once_they_are_coupled() -> None:
     far = []
     for pairs in (shuffled(groups=1), shuffled(groups=1).forward):  # the latter never are

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fl_wb.generators.copies import copy_of
 from fl_wb.generators.networks import make_generator
 from fl_wb.generators.sampling import generate
-from fl_wb.ternary import Ternarization, pack, ternarizable, ternarize, unpack
+from fl_wb.ternary import Ternarization, pack, ternarizable, ternarization, ternarize, unpack
 from fl_wb.ternary.planes import planes_needed, take_statistics
 from fl_wb.ternary.ternarization import _fold_statistics
 from fl_wb.transport import energy_distance
@@ -377,6 +377,17 @@ def test_what_layers_that_share_a_weight_have_learned_is_what_comes_back():
     z = torch.randn(2000, 16, generator=torch.Generator().manual_seed(1))
     distance = (ternary(z) - generator(z)).abs().mean().item() * 4  # of 16 values: its root
     assert distance == pytest.approx(sum(losses[-20:]) / 20, rel=0.05)
+
+
+@pytest.mark.parametrize("needed", [[2, 1, 1], [1, 2, 1]])
+def test_a_shared_weight_gets_as_many_planes_as_any_of_its_layers_needs(
+    monkeypatch: pytest.MonkeyPatch, needed: list[int]
+):
+    monkeypatch.setattr(ternarization, "planes_needed", lambda *_: needed)
+    torch.manual_seed(0)
+    ternary = ternarize(TiedWeights(16), settings=quick(planes=2))
+    assert len(values(ternary.net[0].weight)) > 3 and len(values(ternary.net[4].weight)) == 3
+    assert ternary.net[0].weight is ternary.net[2].weight
 
 
 def test_a_generator_without_layers_is_refused():

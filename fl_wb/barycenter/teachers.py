@@ -118,12 +118,7 @@ class Pool:
 
     def pairs(self) -> Pairs:
         """Draw pairs as they come, with replacement."""
-
-        def draw(n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
-            index = torch.randint(len(self.z), (n,), generator=rng, device=rng.device)
-            return self.z[index], self.x[index], self.cell[index]
-
-        return draw
+        return self.coupled().forward
 
     def samples(self, n: int, rng: torch.Generator) -> Tensor:
         """Draw n samples of the measure itself."""

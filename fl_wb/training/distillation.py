@@ -181,8 +181,11 @@ def distill(
     adam = torch.optim.Adam(groups or trained, lr=settings.lr, fused=True)
     batch = settings.batch(student)
     rates = [(group["lr"], group.get("until", 1.0)) for group in adam.param_groups]
-    coupled = {"pairs": pairs} if isinstance(pairs, CoupledPairs) else {}
-    state = TrainingState({"student": student, **coupled}, {"student": adam}, rng)
+    modules = {"student": student}
+    if isinstance(pairs, CoupledPairs):
+        modules["pairs"] = pairs
+    renewed = {round(share * settings.iterations) for share in RENEWED}
+    state = TrainingState(modules, {"student": adam}, rng)
     if checkpoint:
         state.resume(checkpoint)
     half = settings.iterations // 2
@@ -194,10 +197,9 @@ def distill(
         if statistics and state.iteration == half:
             statistics(student)
             held = hold(student)
-        for each in coupled.values():
-            if state.iteration in (round(share * settings.iterations) for share in RENEWED):
-                with own_random_numbers(seed + state.iteration):
-                    each.renew(student, rng)
+        if isinstance(pairs, CoupledPairs) and state.iteration in renewed:
+            with own_random_numbers(seed + state.iteration):
+                pairs.renew(student, rng)
         z, target, *cells = pairs(batch, rng)
         with own_random_numbers(seed + state.iteration):
             samples = student(z)
