@@ -14,8 +14,9 @@ from fl_wb.generators.networks import make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.persistence import stage_store
 from fl_wb.persistence.stage_store import StageStore
+from fl_wb.training import distillation
 from fl_wb.training.distillation import CoupledPairs, Distillation, distill, pairs_of
-from fl_wb.transport import energy_distance
+from fl_wb.transport import coupling, energy_distance
 from tests.points import Gaussian, Killed, kill_at, same
 
 SHORT = Distillation(iterations=6, batch_size=8)
@@ -160,6 +161,20 @@ def test_pairs_stay_where_a_student_makes_what_is_not_finite() -> None:
     pairs = shuffled()
     pairs.renew(Gaussian((0.0, math.nan)), torch.Generator().manual_seed(1))
     assert pairs.order.equal(torch.arange(600))
+
+
+def test_what_a_first_coupling_imports_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], list[int]()
+
+    def slow(x: Tensor, y: Tensor) -> Tensor:
+        clock[0] += 1 if calls else 1000
+        calls.append(len(x))
+        return coupling(x, y)
+
+    monkeypatch.setattr(distillation, "coupling", slow)
+    monkeypatch.setattr(distillation, "perf_counter", lambda: clock[0])
+    # two groups, a second each, twice, of ten times as many pairs
+    assert shuffled(60).seconds(Gaussian((0.0, 0.0)), 600) == pytest.approx(40)
 
 
 def test_pairs_are_coupled_with_random_numbers_of_their_own() -> None:
