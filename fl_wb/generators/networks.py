@@ -52,17 +52,39 @@ class MLPGenerator(nn.Module):
 class ConvGenerator(nn.Module):
     """Compact transposed-convolution generator for images of 28x28 or 32x32 (any channels).
 
-    One linear layer makes a coarse map of a quarter of the side, two stride-2 layers double it
-    twice. At width 32 it has 60 k parameters for 1x28x28 and trains on one CPU core.
+    A hidden layer of the latent, which lets a barycenter tell its sources' parts of the latent
+    apart, a linear one that makes a coarse map of a quarter of the side, and two of stride 2, which
+    double it twice. It has 419 k parameters for 1x28x28 and trains on one CPU core.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of one sample: channels, height and width, multiples of 4.
+    latent_dim : int
+        Dimension of z ~ N(0, I).
+    width : int
+        Channels of the coarse map.
+    hidden : int
+        Units of the hidden layer.
+
+    Raises
+    ------
+    ValueError
+        For a shape of no such image.
     """
 
-    def __init__(self, shape: Sequence[int], latent_dim: int = 32, width: int = 32) -> None:
+    def __init__(
+        self, shape: Sequence[int], latent_dim: int = 32, width: int = 32, hidden: int = 256
+    ) -> None:
         super().__init__()
         channels, height, breadth = _image_shape(shape, multiple=4)
         self.latent_dim = latent_dim
         coarse = (width, height // 4, breadth // 4)
         self.net = nn.Sequential(
-            nn.Linear(latent_dim, math.prod(coarse), bias=False),
+            nn.Linear(latent_dim, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, math.prod(coarse), bias=False),
             nn.Unflatten(1, coarse),
             nn.BatchNorm2d(width),
             nn.ReLU(),

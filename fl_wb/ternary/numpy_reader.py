@@ -83,20 +83,21 @@ class PackedGenerator:
 
     def __call__(self, z: Array, labels: Sequence[int] | None = None) -> Array:
         """Map latents (n, latent_dim), and labels if there are any, to samples (n, *shape)."""
-        convolutions = sum(layer["weight"].ndim == 4 for layer in self._layers)
+        kinds = [layer["weight"].ndim for layer in self._layers]
+        convolutions, last_linear = kinds.count(4), max(k for k, n in enumerate(kinds) if n == 2)
         x = chosen(z, self._gate) if self._gate else z
         x = self._recoded(x, *self._code) if self._code else x
         if self.labels:
             wanted = np.arange(len(z)) % self.labels if labels is None else labels
             x = np.concatenate([x, np.eye(self.labels, dtype=np.float32)[wanted]], axis=1)
-        for layer in self._layers:
+        for k, layer in enumerate(self._layers):
             weight = layer["weight"]
             if weight.ndim == 1:  # a normalisation, which ReLU follows in every shipped network
                 x = np.maximum(_normalised(x, layer), 0)
                 continue
             x = _transposed_convolution(x, weight) if weight.ndim == 4 else x @ weight.T
             x = x + _across(layer["bias"], x) if "bias" in layer else x
-            if convolutions and x.ndim == 2:
+            if convolutions and k == last_linear:
                 x = x.reshape(len(x), -1, *(size >> convolutions for size in self.shape[1:]))
         return np.tanh(x).reshape(len(z), *(self.shape if x.ndim == 2 else x.shape[1:]))
 
@@ -293,8 +294,7 @@ def _transposed_convolution(x: Array, weight: Array) -> Array:
         raise ValueError(f"a kernel of {weight.shape[2:]}")
     n, _, height, width = x.shape
     y = np.zeros((n, weight.shape[1], 2 * height + 2, 2 * width + 2), np.float32)
-    for i in range(4):
-        for j in range(4):
-            part = np.einsum("nchw,co->nohw", x, weight[:, :, i, j], optimize=True)
-            y[:, :, i : i + 2 * height : 2, j : j + 2 * width : 2] += part
+    for i, j in np.ndindex(4, 4):
+        part = np.einsum("nchw,co->nohw", x, weight[:, :, i, j], optimize=True)
+        y[:, :, i : i + 2 * height : 2, j : j + 2 * width : 2] += part
     return y[:, :, 1:-1, 1:-1]
