@@ -19,8 +19,7 @@ from fl_wb.barycenter import merge as merging
 from fl_wb.generators.networks import ConvGenerator, MLPGenerator, make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.strategies import AdaptiveCoalescence
-from fl_wb.training import distillation
-from fl_wb.training.distillation import CoupledPairs, Distillation
+from fl_wb.training.distillation import Distillation
 from fl_wb.training.wgan import Training
 from tests.points import Gaussian, critic, same
 
@@ -61,25 +60,6 @@ def test_a_stage_says_how_long_it_will_take(caplog: pytest.LogCaptureFixture, wg
     (said,) = re.findall(rf"Stage 1 of 1: about (\d+) s \({210 + wgan} iterations\)", caplog.text)
     steps = 210 + 3 * wgan  # an iteration of the WGAN calls the network thrice
     assert 0.75 * steps * PAUSE <= int(said) <= 4 * steps * PAUSE
-
-
-def test_a_stage_says_how_long_its_pairs_are_coupled_anew(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock, coupled = [0.0], list[int]()
-
-    def slow(pairs: CoupledPairs, student: nn.Module, rng: torch.Generator) -> None:
-        coupled.append(len(pairs.z))
-        clock[0] += len(pairs.z)  # a second a pair
-
-    monkeypatch.setattr(CoupledPairs, "renew", slow)
-    monkeypatch.setattr(distillation, "perf_counter", lambda: clock[0])
-    stage = Stage(distillation=Distillation(iterations=210, batch_size=8), coupled=True)
-    recursive_barycenter([Gaussian((k, 0.0)) for k in (0.0, 1.0)], stage=stage, critic=critic)
-
-    assert coupled == [20 * 8, 210 * 8, 210 * 8]  # by a part of the pairs it is said
-    (said,) = re.findall(r"Stage 1 of 1: about (\d+) s \(210 iterations\)", caplog.text)
-    assert sum(coupled[1:]) <= int(said) <= sum(coupled[1:]) + 100
 
 
 def test_what_is_done_once_is_not_counted_for_every_iteration(

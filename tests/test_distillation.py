@@ -14,9 +14,7 @@ from fl_wb.generators.networks import make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.persistence import stage_store
 from fl_wb.persistence.stage_store import StageStore
-from fl_wb.training import distillation
-from fl_wb.training.distillation import CoupledPairs, Distillation, distill, pairs_of
-from fl_wb.transport import coupling, energy_distance
+from fl_wb.training.distillation import Distillation, distill, pairs_of
 from tests.points import Gaussian, Killed, kill_at, same
 
 SHORT = Distillation(iterations=6, batch_size=8)
@@ -132,89 +130,6 @@ def test_a_resumed_distillation_ends_like_an_unbroken_one(monkeypatch, killed_at
 
     assert iterations == list(range(killed_at + 1, SHORT.iterations + 1))
     assert same(resumed, unbroken)
-
-
-# pairs that are coupled anew
-
-
-def shuffled(n: int = 600, groups: int = 2) -> CoupledPairs:
-    """Pair 2 z, moved by 10 from group to group, with the latents of each group in no order."""
-    rng = torch.Generator().manual_seed(0)
-    z, group = torch.randn(n, 4, generator=rng), torch.arange(n) % groups
-    order = groups * torch.randperm(n // groups, generator=rng).repeat_interleave(groups) + group
-    return CoupledPairs(z, (2 * z[:, :2] + 10 * group.unsqueeze(1))[order], group, group)
-
-
-def test_pairs_are_coupled_anew_with_what_is_nearest_within_their_group() -> None:
-    pairs = shuffled()
-
-    pairs.renew(Gaussian((1.0, -3.0), std=2.0), torch.Generator().manual_seed(1))
-
-    samples = pairs.x[pairs.order]
-    torch.testing.assert_close(samples, 2 * pairs.z[:, :2] + 10 * pairs.group.unsqueeze(1))
-    z, x, cell = pairs(5, torch.Generator().manual_seed(2))
-    drawn = [int((pairs.z == row).all(1).nonzero()) for row in z]
-    assert x.equal(samples[drawn]) and cell.equal(pairs.cell[drawn])
-
-
-def test_pairs_stay_where_a_student_makes_what_is_not_finite() -> None:
-    pairs = shuffled()
-    pairs.renew(Gaussian((0.0, math.nan)), torch.Generator().manual_seed(1))
-    assert pairs.order.equal(torch.arange(600))
-
-
-def test_what_a_first_coupling_imports_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, calls = [0.0], list[int]()
-
-    def slow(x: Tensor, y: Tensor) -> Tensor:
-        clock[0] += 1 if calls else 1000
-        calls.append(len(x))
-        return coupling(x, y)
-
-    monkeypatch.setattr(distillation, "coupling", slow)
-    monkeypatch.setattr(distillation, "perf_counter", lambda: clock[0])
-    # two groups, a second each, twice, of ten times as many pairs
-    assert shuffled(60).seconds(Gaussian((0.0, 0.0)), 600) == pytest.approx(40)
-
-
-def test_pairs_are_coupled_with_random_numbers_of_their_own() -> None:
-    students = []
-    with torch.random.fork_rng():
-        for outside in (1, 2):
-            torch.manual_seed(outside)
-            before = torch.get_rng_state()
-            students.append(nn.Sequential(Gaussian((0.0, 0.0)), nn.Dropout(0.5)))
-            distill(students[-1], shuffled(60), SHORT)
-            assert torch.get_rng_state().equal(before)
-    assert same(*students)
-
-
-def test_a_student_learns_pairs_in_no_order_once_they_are_coupled() -> None:
-    far = []
-    for pairs in (shuffled(groups=1), shuffled(groups=1).forward):  # the latter never are
-        torch.manual_seed(0)
-        student = nn.Linear(4, 2)
-        distill(student, pairs, Distillation(iterations=300, lr=1e-2), energy=0.0)
-        made = generate(student, 600, latent_dim=4)
-        far.append(float(energy_distance(made, shuffled(groups=1).x)))
-    assert far[0] < 0.05 and far[1] > 10 * far[0]  # the mean of all, where none is nearer
-
-
-@pytest.mark.parametrize("killed_at", [1, 2, 3, 6])
-def test_a_resumed_distillation_has_the_pairs_as_they_were_coupled(monkeypatch, killed_at: int):
-    monkeypatch.setattr(stage_store, "SECONDS_BETWEEN_CHECKPOINTS", 0)
-    checkpoint = StageStore().checkpoint("key")
-    few = Distillation(iterations=8, batch_size=8, lr=1e-2)
-    students = []
-    for callback in (None, kill_at(killed_at), None):
-        torch.manual_seed(0)
-        students.append(nn.Linear(4, 2))
-        kept = checkpoint if len(students) > 1 else None
-        try:
-            distill(students[-1], shuffled(60), few, checkpoint=kept, callback=callback)
-        except Killed:
-            continue
-    assert same(students[0], students[2]) and not same(students[0], students[1])
 
 
 def test_statistics_follow_in_training_mode_and_stay_in_eval_mode():

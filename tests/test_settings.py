@@ -99,13 +99,6 @@ def test_a_configuration_may_come_as_plain_values() -> None:
     assert checked(asdict(config)) == config
 
 
-def test_pairs_are_coupled_anew_for_small_convolutional_networks_alone() -> None:
-    coupled = [
-        compose(words).strategy.stage.coupled for words in ("network=conv", "", "network=dcgan")
-    ]
-    assert coupled == [True, False, False]
-
-
 def test_a_rule_is_inherited() -> None:
     class Base(Settings):
         share: Annotated[float, above(0, below=1)] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -91,19 +91,6 @@ def test_every_geodesic_resumes(tmp_path: Path, geodesic: str):
     assert same(merge(tmp_path, stage=stage), merge(None, stage=stage))
 
 
-def test_a_stage_whose_pairs_were_coupled_anew_resumes(tmp_path: Path):
-    stage = replace(STAGE, coupled=True)
-    for killed_at in (1, 2, 3):  # of the iterations since
-        with pytest.raises(Killed):
-            merge(tmp_path, callback=kill_at(killed_at), stage=stage)
-    assert same(merge(tmp_path, stage=stage), merge(None, stage=stage))
-
-
-def test_a_stage_keeps_the_name_it_had_before_pairs_could_be_coupled_anew():
-    assert "coupled" not in Stage().of_result() and "budget" not in Stage().of_result()
-    assert Stage(coupled=True).of_result() == {**Stage().of_result(), "coupled": True}
-
-
 def test_a_barycenter_killed_again_and_again_ends_all_the_same(tmp_path: Path):
     for _ in range(2 * PER_STAGE):
         with pytest.raises(Killed):
@@ -146,7 +133,6 @@ def test_a_further_generator_costs_one_stage(tmp_path: Path):
         {"seed": 1},
         {"geodesic": "displacement"},
         {"iterations": 5},
-        {"stage": replace(STAGE, coupled=True)},
         {"critic": lambda: MLPCritic((2,), width=32)},
     ],
     ids=lambda changed: next(iter(changed)),

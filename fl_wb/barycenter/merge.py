@@ -90,7 +90,8 @@ class Merge:
     ) -> tuple[nn.Module, str]:
         """Merge measures; returns the merged generator and its key in the store.
 
-        The student starts as ``initial``, else as the first measure's generator. The log names it.
+        The student starts as ``initial``, or else as the first measure's generator. The log says
+        how long what has this name will take.
         """
         student = self._student(measures, initial)
         critics = self._critics()
@@ -113,7 +114,6 @@ class Merge:
         training = settings.training
         few = replace(
             settings,
-            coupled=False,
             distillation=replace(settings.distillation, iterations=TIMED),
             training=replace(training, iterations=min(TIMED, training.iterations), warmup=0),
         )
@@ -131,16 +131,7 @@ class Merge:
         steps = [torch.tensor(end, dtype=torch.float64).diff().median() for end in ends]
         step, distilled = (0.0 if each.isnan() else each.item() for each in steps)
         distilling = distilled * (settings.iterations - training.iterations)
-        if settings.coupled and distilling:
-            distilling += self._coupling(once, measures[:2], student)
         return distilling + step * (training.iterations + training.warmup / training.critic_steps)
-
-    def _coupling(self, few: Merge, measures: Sequence[Measure], student: nn.Module) -> float:
-        """Return how long pairs will be coupled anew, by those of few iterations."""
-        rng, wanted = torch.Generator(self.device), self.settings.distillation.drawn(student)
-        size = pool_size(measures[0], student, self.latents.width, wanted, self.device)
-        pool = few._pool([self._on_device(measure) for measure in measures], rng, student)
-        return pool.coupled().seconds(student, size)
 
     def useless(
         self, measures: Sequence[Measure], initial: nn.Module | None = None
@@ -225,7 +216,7 @@ class Merge:
         if settings.start == "distilled":
             distill(
                 student,
-                pool.coupled() if settings.coupled else pool.pairs(),
+                pool.pairs(),
                 settings.distillation,
                 seed=seed,
                 callback=callback,
@@ -260,8 +251,9 @@ class Merge:
         )
 
     def _pool(self, measures: Sequence[Measure], rng: torch.Generator, student: nn.Module) -> Pool:
-        settings, batch = self.settings, self.settings.distillation.batch(student)
-        wanted = max(settings.distillation.drawn(student), 1)
+        settings = self.settings
+        batch = settings.distillation.batch(student)
+        wanted = max(settings.distillation.iterations * batch, 1)
         if settings.start == "previous":  # then a critic's samples are all that is needed
             wanted = max(settings.training.reals, 1)
         if settings.geodesic != "displacement":
@@ -276,7 +268,8 @@ class Merge:
         return resample(samples_of(measure, generator, self.latents.draw(size, rng)))
 
     def _critics(self) -> list[nn.Module]:
-        # from the seed alone: the caller's random state neither decides the result nor is moved
+        # Fresh in every stage, from the seed alone: the caller's random state neither decides
+        # the result nor is moved by it.
         number = 2 if self.settings.geodesic == "two_critics" else 1
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)

@@ -57,10 +57,6 @@ class Stage(Settings):
     distillation
         How the distilled start is made; its iterations are those of ten measures or fewer, its
         batches small if the generators are convolutional (see `of_measures`).
-    coupled
-        Whether the pairs are coupled anew on the way with what the student makes
-        (`fl_wb.training.distillation.CoupledPairs`): for networks that are small for what is
-        merged, as small convolutional ones are. A large one comes out less near by it.
     training
         The WGAN-GP that follows.
     budget
@@ -75,7 +71,6 @@ class Stage(Settings):
     distillation: Distillation = field(
         default_factory=lambda: Distillation(iterations=2500, lr=1e-2)
     )
-    coupled: bool = False
     training: Training = field(default_factory=lambda: Training(iterations=0, warmup=100))
     budget: Annotated[float, above(0)] | None = None
 
@@ -94,11 +89,8 @@ class Stage(Settings):
         return cls(distillation=Distillation(iterations=2500, batch_size=32, lr=1e-2))
 
     def of_result(self) -> dict[str, Any]:
-        """Return what a stage's result depends on: not the budget, which shows in the iterations.
-
-        What is off is not in it, as it was before there was such a thing.
-        """
-        return {k: v for k, v in asdict(self).items() if k != "budget" and v is not False}
+        """Return what the result depends on: not the budget, which shows in the iterations."""
+        return {k: v for k, v in asdict(self).items() if k != "budget"}
 
     @property
     def iterations(self) -> int:

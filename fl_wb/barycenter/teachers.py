@@ -19,7 +19,7 @@ from fl_wb.generators.code import Code
 from fl_wb.generators.latents import Latents, frequencies
 from fl_wb.generators.sampling import Labels, in_batches
 from fl_wb.persistence.tensor_files import digest
-from fl_wb.training.distillation import CoupledPairs, Pairs
+from fl_wb.training.distillation import Pairs
 from fl_wb.training.wgan import Regularizer
 from fl_wb.transport import displacement, energy_distance
 
@@ -103,22 +103,21 @@ class Pool:
 
     That is, of which label, or of which of a few where there are many, and on which branch of the
     code. Across labels, too much distance between them would make up for too little within them.
-    Its group (n,) is of one measure and one label alone.
     """
 
     z: Tensor
     x: Tensor
     cell: Tensor
     weight: Tensor
-    group: Tensor
-
-    def coupled(self) -> CoupledPairs:
-        """Return the pairs as such that can be coupled anew."""
-        return CoupledPairs(self.z, self.x, self.cell, self.group)
 
     def pairs(self) -> Pairs:
         """Draw pairs as they come, with replacement."""
-        return self.coupled().forward
+
+        def draw(n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
+            index = torch.randint(len(self.z), (n,), generator=rng, device=rng.device)
+            return self.z[index], self.x[index], self.cell[index]
+
+        return draw
 
     def samples(self, n: int, rng: torch.Generator) -> Tensor:
         """Draw n samples of the measure itself."""
@@ -190,10 +189,7 @@ def mixture_pool(
             continue
         where = branches[k].to(x.device) * labels + inner[:, -1].long() % labels  # 0 without labels
         weight = torch.full((len(inner),), code.shares[k] / len(inner), device=rng.device)
-        group = torch.full_like(where, k)
-        if latents.labels:
-            group = group * len(latents.labels) + inner[:, -1].long()
-        parts.append((z, x, where, weight, group))
+        parts.append((z, x, where, weight))
     if useless:
         raise UselessMeasures(useless)
     return Pool(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -245,7 +241,7 @@ def displacement_pool(
         parts.append((z, displacement(x, y, t)))
     z, x = (torch.cat(column) for column in zip(*parts, strict=True))
     one_cell = torch.zeros(len(z), dtype=torch.long, device=rng.device)
-    return Pool(z, x, one_cell, torch.ones(len(z), device=rng.device), one_cell)
+    return Pool(z, x, one_cell, torch.ones(len(z), device=rng.device))
 
 
 @torch.no_grad()

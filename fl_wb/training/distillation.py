@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Annotated
 
 import torch
@@ -18,27 +17,18 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd  # of all convolutions, transposed and lazy ones too
 
 from fl_wb.generators.latents import Latents
-from fl_wb.generators.sampling import device_of, in_batches
+from fl_wb.generators.sampling import device_of
 from fl_wb.settings import Settings, above, at_least
 from fl_wb.training.checkpoints import Checkpoint, TrainingState
 from fl_wb.training.random_numbers import own_random_numbers
 from fl_wb.training.statistics import hold
 from fl_wb.training.wgan import Progress
-from fl_wb.transport import coupling, energy_distance
+from fl_wb.transport import energy_distance
 
 OF_ANY, OF_CONVOLUTIONAL = 200, 32
 """Latents in a batch, by the network that learns. A step of a convolutional one takes as long as
 its batch is large, and it learns by steps: of 3x32x32, batches of 32 made a better generator in
 less time (``benchmarks.image_stages``)."""
-
-RENEWED = (0.1, 0.4)
-"""Shares of the iterations after which `CoupledPairs` are coupled anew. At the start, the student's
-samples say little of what it can learn; once its normalisations keep their statistics, it is late.
-"""
-
-TOGETHER = 1000
-"""Pairs of a group that are coupled at a time: with as many, what is left of their order is small,
-and all of them cost no more than in proportion to their number."""
 
 Pairs = Callable[[int, torch.Generator], tuple[Tensor, ...]]
 """Draws n latents (n, latent_dim), the sample (n, ...) that each should become, and, if the latents
@@ -54,55 +44,6 @@ def pairs_of(teacher: Callable[[Tensor], Tensor], latents: Latents) -> Pairs:
         return z, teacher(z)
 
     return draw
-
-
-class CoupledPairs(nn.Module):
-    """Pairs of a finite pool, which can be coupled anew with what a student makes.
-
-    Which latent of a group a sample is paired with does not matter to the measure, and does to who
-    learns it: a small network blurs where neighbours among the latents should become samples far
-    apart. Optimal couplings with what it makes already (`fl_wb.transport.coupling`) are the pairs
-    nearest to a map that it can follow.
-
-    Parameters
-    ----------
-    z, x, cell : Tensor
-        Latents (n, latent_dim), samples (n, ...), and where each is (n,); see `Pairs`.
-    group : Tensor
-        (n,) integers: samples change places only within one of these.
-    """
-
-    order: Tensor
-
-    def __init__(self, z: Tensor, x: Tensor, cell: Tensor, group: Tensor) -> None:
-        super().__init__()
-        self.z, self.x, self.cell, self.group = z, x, cell, group
-        self.register_buffer("order", torch.arange(len(z), device=z.device))  # for checkpoints
-
-    def forward(self, n: int, rng: torch.Generator) -> tuple[Tensor, ...]:
-        """Draw pairs as they come, with replacement."""
-        index = torch.randint(len(self.z), (n,), generator=rng, device=rng.device)
-        return self.z[index], self.x[self.order[index]], self.cell[index]
-
-    @torch.no_grad()
-    def renew(self, student: nn.Module, rng: torch.Generator) -> None:
-        """Couple the pairs anew, as they are where the student makes what is not finite."""
-        made = torch.cat([student(part) for part in in_batches(self.z, TOGETHER)])
-        if not made.isfinite().all():
-            return
-        shuffled = torch.randperm(len(self.z), generator=rng, device=rng.device)
-        sizes = self.group.unique(return_counts=True)[1].tolist()
-        for group in shuffled[self.group[shuffled].argsort(stable=True)].split(sizes):
-            for part in group.split(TOGETHER):
-                there = self.order[part]
-                self.order[part] = there[coupling(made[part], self.x[there]).to(there.device)]
-
-    def seconds(self, student: nn.Module, n: int) -> float:
-        """Return how long n pairs will be coupled anew in a training, by these, which it does."""
-        coupling(self.z[:2], self.z[:2])  # what it imports the first time is not counted
-        began = perf_counter()
-        self.renew(student, torch.Generator(self.z.device).manual_seed(0))
-        return len(RENEWED) * (perf_counter() - began) * n / len(self.z)
 
 
 @dataclass
@@ -128,10 +69,6 @@ class Distillation(Settings):
         """Return how many latents are in a batch of this network: few, if it is convolutional."""
         convolutional = any(isinstance(part, _ConvNd) for part in student.modules())
         return self.batch_size or (OF_CONVOLUTIONAL if convolutional else OF_ANY)
-
-    def drawn(self, student: nn.Module) -> int:
-        """Return how many pairs are learned from."""
-        return self.iterations * self.batch(student)
 
 
 def distill(
@@ -161,7 +98,7 @@ def distill(
         A generator, trained in the mode that it is in: eval mode keeps normalisation statistics.
         Parameters that require no gradient stay as they are.
     pairs : callable
-        `pairs_of` a teacher, say; `CoupledPairs` are coupled anew on the way.
+        `pairs_of` a teacher, say.
     settings : Distillation
     energy : float
         Weight of the energy distance in the loss.
@@ -181,11 +118,7 @@ def distill(
     adam = torch.optim.Adam(groups or trained, lr=settings.lr, fused=True)
     batch = settings.batch(student)
     rates = [(group["lr"], group.get("until", 1.0)) for group in adam.param_groups]
-    modules = {"student": student}
-    if isinstance(pairs, CoupledPairs):
-        modules["pairs"] = pairs
-    renewed = {round(share * settings.iterations) for share in RENEWED}
-    state = TrainingState(modules, {"student": adam}, rng)
+    state = TrainingState({"student": student}, {"student": adam}, rng)
     if checkpoint:
         state.resume(checkpoint)
     half = settings.iterations // 2
@@ -197,9 +130,6 @@ def distill(
         if statistics and state.iteration == half:
             statistics(student)
             held = hold(student)
-        if isinstance(pairs, CoupledPairs) and state.iteration in renewed:
-            with own_random_numbers(seed + state.iteration):
-                pairs.renew(student, rng)
         z, target, *cells = pairs(batch, rng)
         with own_random_numbers(seed + state.iteration):
             samples = student(z)
