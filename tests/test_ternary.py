@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -276,6 +277,21 @@ def test_a_layer_gets_the_planes_that_it_needs():
     assert len(ternary.first.weight.abs().unique()) == 5
     assert len(ternary.last.weight.abs().unique()) == 2
     assert same(unpack(pack(ternary), Cliff()), ternary)
+
+
+@pytest.mark.parametrize(
+    ("widths", "planes"),
+    [((32, 32, 32, 32), [1, 1, 1]), ((3, 54, 54, 1), [1, 1, 3]), ((3, 80, 80, 1), [3, 1, 3])],
+)
+def test_the_smallest_layers_have_all_planes_while_they_are_a_twentieth(
+    widths: tuple[int, ...], planes: list[int]
+):
+    torch.manual_seed(0)
+    first, middle, last = (nn.Linear(*pair) for pair in itertools.pairwise(widths))
+    generator = nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), last).eval()
+    z = torch.randn(500, widths[0])
+    assert planes_needed(generator, z, 3, seed=0) == planes
+    assert planes_needed(generator, z, 1, seed=0) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("make", [trained, lambda: trained("conv", 8)])

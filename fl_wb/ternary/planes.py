@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,11 @@ FOLLOWED = 0.5
 """Share of a teacher's variation that one layer's planes may lose before training, which makes up
 for it. On digits and MNIST one plane of every layer loses .03 to .41, but for the first weight of a
 convolutional generator, which loses .5 to 1."""
+
+SPARED = 0.05
+"""Share of all weights whose layers, the smallest, have as many planes as there may be: they cost
+next to no bytes, and the first and last layers of a generator, small ones, lose it the most. On
+MNIST (three sources) the ternary generator has 1.01 times the Frechet distance for 1.20."""
 
 STATISTICS = 1024
 """Samples by which the normalisation is matched, and layers are tried."""
@@ -95,7 +101,7 @@ def ternarizable(generator: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def planes_needed(teacher: nn.Module, z: Tensor, most: int, seed: int) -> list[int]:
     """Return how many planes each layer needs: the fewest by which the samples follow.
 
-    Every layer is tried alone, the others in full precision.
+    Every layer is tried alone, the others in full precision. The smallest need not be sparing.
 
     Parameters
     ----------
@@ -119,9 +125,15 @@ def planes_needed(teacher: nn.Module, z: Tensor, most: int, seed: int) -> list[i
         with own_random_numbers(seed):
             return share_lost(trial(z), wanted) <= FOLLOWED
 
+    sizes = {name: layer.get_parameter("weight").numel() for name, layer in ternarizable(teacher)}
+    smallest = sorted(sizes, key=lambda name: sizes[name])
+    up_to = dict(zip(smallest, accumulate(sizes[name] for name in smallest), strict=True))
+    spared = SPARED * sum(sizes.values())
     return [
-        next((planes for planes in range(1, most) if follows(name, planes)), most)
-        for name, _ in ternarizable(teacher)
+        most
+        if up_to[name] <= spared
+        else next((planes for planes in range(1, most) if follows(name, planes)), most)
+        for name in sizes
     ]
 
 
