@@ -10,6 +10,7 @@ the whole process (Linux's VmHWM), of which the libraries take most.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -20,9 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from fl_wb.reporting.tables import columns
-
 SHAPES = {"mlp": (1, 8, 8), "conv": (1, 28, 28), "dcgan": (1, 32, 32)}
+READER = Path(__file__).parents[1] / "fl_wb" / "ternary" / "numpy_reader.py"
 REPETITIONS = 5
 RUNTIMES = ("torch, full precision", "torch, ternary", "numpy, ternary")
 
@@ -45,7 +45,8 @@ def measure(runtime: str, network: str, folder: Path) -> dict[str, float]:
     shape = SHAPES[network]
     sample: Callable[[int], object]
     if runtime.startswith("numpy"):
-        from fl_wb.ternary.numpy_reader import PackedGenerator
+        sys.path.insert(0, str(READER.parent))  # alone, as a device has it: the package wants torch
+        PackedGenerator = importlib.import_module(READER.stem).PackedGenerator
 
         path = folder / "ternary.flwb"
         began = time.process_time()
@@ -98,6 +99,8 @@ def main() -> None:
     if given.one:
         print(json.dumps(measure(given.one[0], given.network, Path(given.one[1]))))
         return
+    from fl_wb.reporting.tables import columns  # brings torch, which numpy's row is without
+
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(given.network, Path(folder))
