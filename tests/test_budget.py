@@ -163,7 +163,7 @@ def test_batches_suit_the_network_unless_they_are_given(
     ("overrides", "expected"),
     [
         ("network=dcgan data=mnist data.root=/x", 32),
-        ("network=conv data=mnist data.root=/x", 32),
+        ("network=conv data=mnist data.root=/x", 64),
         ("network=mlp", 200),
         ("network=dcgan data=mnist data.root=/x strategy.stage.distillation.iterations=9", 32),
         ("network=dcgan data=mnist data.root=/x strategy.stage.distillation.batch_size=50", 50),
