@@ -63,9 +63,7 @@ class ConvGenerator(nn.Module):
     latent_dim : int
         Dimension of z ~ N(0, I).
     width : int
-        Channels of the coarse map.
-    hidden : int
-        Units of the hidden layer.
+        Channels of the coarse map; the hidden layer has eight times as many units.
 
     Raises
     ------
@@ -73,13 +71,11 @@ class ConvGenerator(nn.Module):
         For a shape of no such image.
     """
 
-    def __init__(
-        self, shape: Sequence[int], latent_dim: int = 32, width: int = 32, hidden: int = 256
-    ) -> None:
+    def __init__(self, shape: Sequence[int], latent_dim: int = 32, width: int = 32) -> None:
         super().__init__()
         channels, height, breadth = _image_shape(shape, multiple=4)
         self.latent_dim = latent_dim
-        coarse = (width, height // 4, breadth // 4)
+        hidden, coarse = 8 * width, (width, height // 4, breadth // 4)
         self.net = nn.Sequential(
             nn.Linear(latent_dim, hidden, bias=False),
             nn.BatchNorm1d(hidden),
