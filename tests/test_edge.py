@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from fl_wb.ternary.numpy_reader import PackedGenerator
 
 # What is packed needs only to be ternary here, not good.
 QUICK = Ternarization(iterations=1)
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "edge.py"
 SHIPPED = [("mlp", (1, 8, 8)), ("conv", (3, 28, 32)), ("dcgan", (1, 32, 24))]
 
 
@@ -61,6 +63,16 @@ def test_exported_programs_make_the_same_samples(
     z = torch.randn(7, 6)
     with torch.no_grad():
         torch.testing.assert_close(loaded(z), network(z))
+
+
+def test_the_benchmark_s_numpy_row_is_of_a_process_without_torch(tmp_path: Path) -> None:
+    path, _ = packed(tmp_path, "mlp", (1, 8, 8))
+    path.rename(tmp_path / "ternary.flwb")
+    one = ["--network", "mlp", "--one", "numpy, ternary", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARK), *one], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)["peak MB"] < 100  # torch alone takes 200
 
 
 def test_the_reader_is_one_file_that_needs_numpy_alone(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
-"""Three values a weight: the closed form of a plane, its gradients, and what a weight loses."""
+"""Planes of three values: their closed form, gradients, what a weight loses, how many it gets."""
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
 from scipy.stats import norm
-from torch import Tensor
+from torch import Tensor, nn
 
-from fl_wb.ternary import Ternary
-from fl_wb.ternary.planes import mean_above
+from fl_wb.ternary import Ternarization, Ternary, pack, ternarize, unpack
+from fl_wb.ternary.planes import mean_above, planes_needed
+from tests.points import same
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.5, 1.0, 2.0])
@@ -93,3 +96,54 @@ def test_every_plane_takes_up_what_the_others_leave():
     first = Ternary(weight)(weight).detach()
     both = first + Ternary(weight - first)(weight - first).detach()
     assert both.equal(Ternary(weight, 2)(weight))
+
+
+# how many a layer gets
+
+
+def test_a_layer_gets_the_planes_that_it_needs():
+    # Whose samples are a cliff of the first weight needs it exactly; the last one is linear.
+    class Cliff(nn.Module):
+        latent_dim = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 8)
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.last((1.5 * self.first(z)).sin())
+
+    torch.manual_seed(0)
+    generator = Cliff().eval()
+    z = torch.randn(500, 4)
+    assert planes_needed(generator, z, 3, seed=0) == [1, 1]
+    with torch.no_grad():
+        generator.first.weight.mul_(4)
+    assert planes_needed(generator, z, 3, seed=0) == [2, 1]
+    assert planes_needed(generator, z, 1, seed=0) == [1, 1]
+
+    ternary = ternarize(generator, settings=Ternarization(0, planes=2))
+    assert len(ternary.first.weight.abs().unique()) == 5
+    assert len(ternary.last.weight.abs().unique()) == 2
+    assert same(unpack(pack(ternary), Cliff()), ternary)
+
+
+@pytest.mark.parametrize(
+    ("widths", "planes"),
+    [((32, 32, 32, 32), [1, 1, 1]), ((3, 54, 54, 1), [1, 1, 3]), ((3, 80, 80, 1), [3, 1, 3])],
+)
+def test_the_smallest_layers_have_all_planes_while_they_are_a_twentieth(
+    widths: tuple[int, ...], planes: list[int]
+):
+    torch.manual_seed(0)
+    first, middle, last = (nn.Linear(*pair) for pair in itertools.pairwise(widths))
+    generator = nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), last).eval()
+    z = torch.randn(500, widths[0])
+    assert planes_needed(generator, z, 3, seed=0) == planes
+    assert planes_needed(generator, z, 1, seed=0) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("planes", [0, 4, -1])
+def test_planes_out_of_range_are_refused(planes: int):
+    with pytest.raises(ValueError, match=f"planes={planes} must be at least 1 and less than 4"):
+        Ternarization(planes=planes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -13,8 +12,7 @@ from fl_wb.generators.copies import copy_of
 from fl_wb.generators.networks import make_generator
 from fl_wb.generators.sampling import generate
 from fl_wb.ternary import Ternarization, pack, ternarizable, ternarization, ternarize, unpack
-from fl_wb.ternary.planes import planes_needed, take_statistics
-from fl_wb.ternary.ternarization import _fold_statistics
+from fl_wb.ternary.planes import take_statistics
 from fl_wb.transport import energy_distance
 from tests.points import same
 
@@ -171,47 +169,6 @@ def test_iterations_and_latent_dimension_are_the_caller_s():
     assert done == [(1, 3), (2, 3), (3, 3)] and settings.iterations == 50
 
 
-def test_statistics_are_folded_into_scale_and_shift():
-    torch.manual_seed(0)
-    norm = nn.BatchNorm1d(5).eval()
-    with torch.no_grad():
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            tensor.uniform_(0.5, 2)
-    x = torch.randn(7, 5)
-    before = norm(x)
-
-    _fold_statistics(norm)
-
-    torch.testing.assert_close(norm(x), before)
-    assert norm.running_mean.eq(0).all() and len(values(norm.running_var)) == 1
-
-
-class Bent(nn.BatchNorm1d):
-    """It scales by 1 + weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.batch_norm(
-            x, self.running_mean, self.running_var, 1 + self.weight, self.bias, eps=self.eps
-        )
-
-
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d, Bent])
-def test_statistics_that_cannot_be_folded_stay(norm: type[nn.BatchNorm1d]):
-    torch.manual_seed(0)
-    one, other = norm(5), norm(5)
-    other.weight = one.weight  # of both, which have other statistics
-    network = nn.Sequential(nn.Linear(4, 5), one, nn.ReLU(), nn.Linear(5, 5), other)
-    network = network if norm is nn.BatchNorm1d else network[:3]
-    for value in (value for value in network.buffers() if value.is_floating_point()):
-        value.uniform_(0.5, 2)
-
-    ternary = ternarize(network, iterations=0, latent_dim=4)
-
-    for made, given in ((ternary[i], network[i]) for i in range(1, len(network), 3)):
-        assert torch.equal(made.weight, given.weight) and torch.equal(made.bias, given.bias)
-        assert made.running_mean.ne(0).all()
-
-
 class Gain(nn.Module):
     """A network whose last layer is a gain."""
 
@@ -249,49 +206,7 @@ def test_layers_of_one_sign_or_no_spread_keep_the_spread(make: Callable[[], nn.M
         torch.testing.assert_close(start, generator.out.weight)
 
 
-# planes
-
-
-def test_a_layer_gets_the_planes_that_it_needs():
-    # Whose samples are a cliff of the first weight needs it exactly; the last one is linear.
-    class Cliff(nn.Module):
-        latent_dim = 4
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(4, 64), nn.Linear(64, 8)
-
-        def forward(self, z: Tensor) -> Tensor:
-            return self.last((1.5 * self.first(z)).sin())
-
-    torch.manual_seed(0)
-    generator = Cliff().eval()
-    z = torch.randn(500, 4)
-    assert planes_needed(generator, z, 3, seed=0) == [1, 1]
-    with torch.no_grad():
-        generator.first.weight.mul_(4)
-    assert planes_needed(generator, z, 3, seed=0) == [2, 1]
-    assert planes_needed(generator, z, 1, seed=0) == [1, 1]
-
-    ternary = ternarize(generator, settings=quick(0, planes=2))
-    assert len(ternary.first.weight.abs().unique()) == 5
-    assert len(ternary.last.weight.abs().unique()) == 2
-    assert same(unpack(pack(ternary), Cliff()), ternary)
-
-
-@pytest.mark.parametrize(
-    ("widths", "planes"),
-    [((32, 32, 32, 32), [1, 1, 1]), ((3, 54, 54, 1), [1, 1, 3]), ((3, 80, 80, 1), [3, 1, 3])],
-)
-def test_the_smallest_layers_have_all_planes_while_they_are_a_twentieth(
-    widths: tuple[int, ...], planes: list[int]
-):
-    torch.manual_seed(0)
-    first, middle, last = (nn.Linear(*pair) for pair in itertools.pairwise(widths))
-    generator = nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), last).eval()
-    z = torch.randn(500, widths[0])
-    assert planes_needed(generator, z, 3, seed=0) == planes
-    assert planes_needed(generator, z, 1, seed=0) == [1, 1, 1]
+# normalisation
 
 
 @pytest.mark.parametrize("make", [trained, lambda: trained("conv", 8)])
@@ -307,30 +222,6 @@ def test_normalisation_makes_up_for_other_activations(make: Callable[[], nn.Modu
         assert not torch.allclose(student(z), teacher(z), atol=0.1)
         take_statistics(student, teacher, z, seed=0)
         torch.testing.assert_close(student(z), teacher(z), atol=1e-3, rtol=0)
-
-
-def test_a_normalisation_that_is_called_by_keyword_is_matched():
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.norm = nn.Linear(4, 3), nn.BatchNorm1d(3)
-
-        def forward(self, z: Tensor) -> Tensor:
-            return self.norm(input=self.first(z))
-
-    torch.manual_seed(0)
-    teacher, z = Named().eval(), torch.randn(500, 4)
-    student = copy_of(teacher)
-    with torch.no_grad():
-        student.first.weight.mul_(3)
-        take_statistics(student, teacher, z, seed=0)
-        torch.testing.assert_close(student(z), teacher(z), atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("planes", [0, 4, -1])
-def test_planes_out_of_range_are_refused(planes: int):
-    with pytest.raises(ValueError, match=f"planes={planes} must be at least 1 and less than 4"):
-        Ternarization(planes=planes)
 
 
 # what came of it
